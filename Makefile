@@ -1,0 +1,47 @@
+# Each target first sets up what it needs in .venv, once. Versions are those of requirements.lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+ARGS ?=
+
+.PHONY: demo test test-fast lab lock clean
+
+demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
+	$(BIN)/dpo-mini demo $(ARGS)
+
+test: $(VENV)/test.done  ## everything
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/test.done  ## what takes seconds
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lab: $(VENV)/lab.done  ## the course in JupyterLab
+	$(BIN)/jupyter lab $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dpo_mini needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core.done: $(VENV)/bin/python requirements.lock pyproject.toml
+	@echo "Setting up .venv (once; torch is a large download)"
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/lab.done: $(VENV)/core.done
+	$(INSTALL) '.[lab]'
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/core.done
+	$(INSTALL) '.[test]'
+	@touch $@
+
+lock:  ## pin what a fresh environment with every extra gets
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
+	.venv-lock/bin/python -m pip install --quiet '.[test]'
+	.venv-lock/bin/python -m pip freeze | grep -v '^dpo-mini' | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

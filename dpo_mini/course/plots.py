@@ -1,0 +1,58 @@
+"""Figures, each a pure function from numbers to a matplotlib Figure."""
+
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and on light and dark pages.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+
+
+def training_figure(log: list[dict]) -> Figure:
+    """How a preference run went: loss, margin, accuracy, the two log-probabilities, reward and KL
+    of fresh samples.
+    """
+    steps = [row for row in log if "loss" in row]
+    watched = [row for row in log if "kl" in row]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+
+    def curve(axis, key, colour, label=None, rows=steps, **style):
+        axis.plot(
+            [r["step"] for r in rows], [r[key] for r in rows], color=colour, label=label, **style
+        )
+
+    loss, margin, accuracy, logps, reward, kl = axes.flat
+    curve(loss, "loss", BLUE)
+    loss.axhline(0.6931, color=GREY, ls=":", lw=1)
+    loss.text(
+        0.98,
+        0.6931,
+        "log 2: knows nothing ",
+        color=GREY,
+        ha="right",
+        va="bottom",
+        transform=loss.get_yaxis_transform(),
+    )
+    loss.set_title("Loss (nats)")
+    curve(margin, "rewards/chosen", GREEN, "chosen")
+    curve(margin, "rewards/rejected", VERMILION, "rejected")
+    curve(margin, "rewards/margins", BLUE, "margin")
+    margin.set_title("Implicit rewards")
+    curve(accuracy, "rewards/accuracies", BLUE)
+    accuracy.axhline(0.5, color=GREY, ls=":", lw=1)
+    accuracy.set_ylim(0.3, 1.02)
+    accuracy.set_title("Pairs ranked rightly (training batches)")
+    curve(logps, "logps/chosen", GREEN, "chosen")
+    curve(logps, "logps/rejected", VERMILION, "rejected")
+    logps.set_title("Log-probabilities (nats per completion)")
+    if watched:
+        curve(reward, "reward", GREEN, rows=watched, marker="o")
+        curve(kl, "kl", ORANGE, rows=watched, marker="o")
+    reward.set_ylim(0, 1)
+    reward.set_title("P(positive) of fresh samples")
+    kl.set_title("KL from the reference (nats per completion)")
+    for axis in (margin, logps):
+        axis.legend(frameon=False)
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

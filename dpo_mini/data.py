@@ -1,0 +1,326 @@
+"""Preference pairs: reading, checking, tokenising and batching. What passes here is not checked
+again.
+"""
+
+import itertools
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says what was expected, what came, and where."""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One comparison: of two completions of one prompt, `chosen` was preferred to `rejected`.
+
+    Sampled pairs also keep the token ids that were sampled (`*_ids`, EOS included where the sample
+    ended), since text that is tokenised again need not give them back; the text is then for reading
+    only.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    prompt_ids: list[int] | None = None
+    chosen_ids: list[int] | None = None
+    rejected_ids: list[int] | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def read_rows(source, split: str = "train") -> list[dict]:
+    """The rows of a JSONL file, of a folder of parquet files, or of a data set on the Hub, as
+    dictionaries.
+
+    Raises DataError for a line that is not a JSON object (with its number), and for a source that
+    is not there.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _read_jsonl(path)
+    from datasets import load_dataset
+
+    from dpo_mini.models import local_or_hub
+
+    if path.is_dir():
+        files = sorted(str(f) for f in path.glob(f"{split}*.parquet"))
+        if not files:
+            raise DataError(
+                f"{path} holds no file {split}*.parquet. Expected one parquet file or more for each split."
+            )
+        return list(load_dataset("parquet", data_files=files, split="train"))
+    local_or_hub(source, "dataset")
+    return list(load_dataset(str(source), split=split))
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: expected one JSON object, but {error.msg} at column {error.colno}. "
+                "Each line must hold one object and nothing else."
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object, got {type(row).__name__}."
+            )
+        rows.append({**row, "_line": number})
+    if not rows:
+        raise DataError(f"{path} is empty: expected one JSON object per line.")
+    return rows
+
+
+def read_texts(source, split: str = "train", column: str = "text") -> list[str]:
+    """The texts of a data set, with IMDb's `<br />` as a space; sources as in `read_rows`."""
+    rows = read_rows(source, split)
+    if column not in rows[0]:
+        raise DataError(
+            f"{source} has no column {column!r}; it has {', '.join(map(repr, rows[0]))}."
+        )
+    return [row[column].replace("<br />", " ") for row in rows]
+
+
+def write_jsonl(path, rows: Iterable) -> None:
+    """One JSON object per line; dataclasses as objects without their empty fields. Written whole or
+    not at all.
+    """
+    path = Path(path)
+    lines = []
+    for row in rows:
+        row = row if isinstance(row, dict) else asdict(row)
+        lines.append(
+            json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False)
+        )
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def preference_pairs(rows: Sequence[dict], tokenizer=None) -> list[PreferencePair]:
+    """Check rows with the columns `prompt`, `chosen`, `rejected` (TRL's names) and return them as
+    pairs.
+
+    A column holds text, or a list of messages `{"role": ..., "content": ...}`, which the
+    tokenizer's chat template turns into text. Raises DataError for a missing column, an empty
+    completion, chosen equal to rejected, or messages without a template, naming the row.
+    """
+    pairs = []
+    for i, row in enumerate(rows):
+        where = f"line {row['_line']}" if "_line" in row else f"row {i}"
+        missing = [c for c in ("prompt", "chosen", "rejected") if row.get(c) is None]
+        if missing:
+            have = ", ".join(repr(k) for k in row if k != "_line") or "none"
+            raise DataError(
+                f"{where}: expected the columns 'prompt', 'chosen' and 'rejected', but "
+                f"{', '.join(map(repr, missing))} is missing; it has {have}."
+            )
+        prompt, chosen, rejected = _as_text(row, tokenizer, where)
+        fields = {k: row.get(k) for k in PreferencePair.__dataclass_fields__}
+        pair = PreferencePair(
+            **{**fields, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        )
+        for name in ("chosen", "rejected"):
+            if not getattr(pair, f"{name}_ids") and not getattr(pair, name):
+                raise DataError(
+                    f"{where}: the {name} completion is empty; a completion needs at least one token."
+                )
+        if (chosen, pair.chosen_ids) == (rejected, pair.rejected_ids):
+            raise DataError(
+                f"{where}: chosen equals rejected, so the pair says nothing: its gradient is zero. Drop it."
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def _as_text(row, tokenizer, where) -> tuple[str, str, str]:
+    columns = [row[c] for c in ("prompt", "chosen", "rejected")]
+    if all(isinstance(c, str) for c in columns):
+        return tuple(columns)
+    if not all(isinstance(c, list) for c in columns):
+        kinds = ", ".join(type(c).__name__ for c in columns)
+        raise DataError(f"{where}: expected three texts or three lists of messages, got {kinds}.")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            f"{where} is a conversation, but the tokenizer has no chat template: use plain text columns."
+        )
+    render = tokenizer.apply_chat_template
+    prompt = render(columns[0], tokenize=False, add_generation_prompt=True)
+    texts = [render(columns[0] + answer, tokenize=False) for answer in columns[1:]]
+    if not all(text.startswith(prompt) for text in texts):
+        raise DataError(
+            f"{where}: the chat template renders the prompt differently once an answer follows."
+        )
+    return prompt, texts[0][len(prompt) :], texts[1][len(prompt) :]
+
+
+def tokenize_prompt(tokenizer, prompt: str) -> list[int]:
+    """A prompt's token ids, beginning with exactly one BOS where the tokenizer has one; an empty
+    prompt is BOS alone.
+
+    Raises DataError for an empty prompt where the tokenizer has no BOS: nothing could predict the
+    first token.
+    """
+    ids, bos = tokenizer(prompt)["input_ids"], tokenizer.bos_token_id
+    if bos is not None:
+        return [bos, *without(ids, bos)]
+    if not ids:
+        raise DataError(
+            "the prompt is empty and the tokenizer has no BOS token: nothing could predict the first token."
+        )
+    return ids
+
+
+def without(ids: list[int], first: int) -> list[int]:
+    """The ids after any run of `first` at their beginning."""
+    return ids[next((i for i, x in enumerate(ids) if x != first), len(ids)) :]
+
+
+def tokenize_pairs(
+    pairs: Sequence[PreferencePair], tokenizer, max_length: int
+) -> list[TokenizedPair]:
+    """Token ids of pairs. Sampled pairs keep the ids that were sampled; text pairs are tokenised
+    here.
+
+    Text is tokenised jointly (prompt + completion), and apart where the joint ids do not begin with
+    the prompt's (a merge across the boundary; counted in a warning). A completion that came as text
+    ends with exactly one EOS. Raises DataError for a pair longer than `max_length` tokens.
+    """
+    tokenized, merged = [], 0
+    for i, pair in enumerate(pairs):
+        if pair.prompt_ids and pair.chosen_ids and pair.rejected_ids:
+            ids = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        else:
+            prompt_ids = tokenize_prompt(tokenizer, pair.prompt)
+            completions = []
+            for text in (pair.chosen, pair.rejected):
+                joint = tokenize_prompt(tokenizer, pair.prompt + text)
+                if joint[: len(prompt_ids)] == prompt_ids:
+                    completion = joint[len(prompt_ids) :]
+                else:
+                    merged += 1
+                    completion = tokenizer(text, add_special_tokens=False)["input_ids"]
+                completions.append(with_one_eos(completion, tokenizer.eos_token_id))
+            ids = TokenizedPair(prompt_ids, *completions)
+        longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        if longest > max_length:
+            raise DataError(
+                f"pair {i} has {longest} tokens, more than the model's context of {max_length}. Shorten or drop it: "
+                "cutting a completion silently would change what was preferred."
+            )
+        tokenized.append(ids)
+    if merged:
+        warnings.warn(
+            f"{merged} completions were tokenised apart from their prompt: a token spans the boundary.",
+            stacklevel=2,
+        )
+    return tokenized
+
+
+def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
+    """The ids ending in exactly one EOS (unchanged where the tokenizer has none)."""
+    if eos is None:
+        return ids
+    while ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return [*ids, eos]
+
+
+class Batch(NamedTuple):
+    """Padded sequences: three int64 tensors [batch, length]; `completion_mask` is 1 on completion
+    tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+    def to(self, device) -> "Batch":
+        return Batch(*(t.to(device) for t in self))
+
+
+def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str = "right") -> Batch:
+    """Pad (prompt ids, completion ids) to a `Batch`. The pad id is 0 and never read: the masks say
+    what counts.
+    """
+    length = max(len(p) + len(c) for p, c in sequences)
+    rows = []
+    for prompt, completion in sequences:
+        pad = [0] * (length - len(prompt) - len(completion))
+        columns = (
+            prompt + completion,
+            [1] * (len(prompt) + len(completion)),
+            [0] * len(prompt) + [1] * len(completion),
+        )
+        rows.append([c + pad if padding_side == "right" else pad + c for c in columns])
+    return Batch(*torch.tensor(rows).unbind(1))
+
+
+def pairs_from_samples(
+    samples, rewards, labels: str = "best", seed: int = 0
+) -> tuple[list[PreferencePair], int]:
+    """All pairs of the completions of each prompt, labelled by their rewards; returns (pairs, exact
+    ties dropped).
+
+    `samples`: for each prompt its completions (as from `sample_completions`); `rewards`: their
+    logits in the same order, flat. `labels`: "best" prefers the higher reward; "bradley-terry"
+    draws the winner with probability sigmoid(difference), as a person with that reward would
+    (Bradley and Terry 1952).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs, ties, scores = [], 0, iter(rewards.tolist())
+    for completions in samples:
+        scored = [(c, next(scores)) for c in completions]
+        for (a, reward_a), (b, reward_b) in itertools.combinations(scored, 2):
+            if reward_a == reward_b or a.ids == b.ids:
+                ties += 1
+                continue
+            a_wins = reward_a > reward_b
+            if labels == "bradley-terry":
+                chance = torch.tensor(reward_a - reward_b).sigmoid()
+                a_wins = bool(torch.rand((), generator=generator) < chance)
+            first, second = (
+                ((a, reward_a), (b, reward_b)) if a_wins else ((b, reward_b), (a, reward_a))
+            )
+            pairs.append(
+                PreferencePair(
+                    a.prompt, first[0].text, second[0].text, a.prompt_ids, first[0].ids, second[0].ids,
+                    round(first[1], 4), round(second[1], 4),
+                )
+            )  # fmt: skip
+    return pairs, ties
+
+
+def prefixes(
+    texts: Sequence[str], tokenizer, n: int, low: int = 2, high: int = 8, seed: int = 0
+) -> list[str]:
+    """Prompts: the first `low` to `high` tokens of `n` different texts (Rafailov et al. 2023,
+    appendix C.1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for i in torch.randperm(len(texts), generator=generator).tolist()[:n]:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        ids = tokenizer(texts[i][:200], add_special_tokens=False)["input_ids"][:length]
+        prompts.append(tokenizer.decode(ids))
+    return prompts

@@ -1,0 +1,1 @@
+"""The embedded defaults (model, reward, judge, prompts) and the code that made them."""

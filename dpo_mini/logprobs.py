@@ -1,0 +1,34 @@
+"""Log-probabilities of completions under a causal language model: the definition, in full view."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_logps(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """log pi(token_t | tokens before t) for every position t >= 1.
+
+    `input_ids`, `attention_mask`: [batch, length], the mask 1 on real tokens; padding may be on
+    either side. Returns float32 [batch, length - 1] (float64 for a float64 model), in nats; entry t
+    - 1 belongs to token t.
+    """
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a token
+    logits = model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+    ).logits[:, :-1]
+    if logits.dtype != torch.float64:
+        logits = logits.float()  # at 512 nats bfloat16 has a spacing of 4
+    # Cross-entropy without reduction is -log softmax(logits)[target].
+    return -F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+
+
+def sequence_logps(
+    model, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """log pi(y | x) = sum over the tokens of y of log pi(y_t | x, y_<t), the chain rule.
+
+    `completion_mask` [batch, length] is 1 on the tokens of y (its EOS included) and 0 on prompt and
+    padding. Returns [batch], in nats: a sum, never a mean.
+    """
+    logps = token_logps(model, input_ids, attention_mask)
+    return (logps * completion_mask[:, 1:]).sum(1)

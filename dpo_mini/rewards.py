@@ -1,0 +1,157 @@
+"""A number for a text: the rewards that label pairs, and a judge of another kind that only
+evaluates.
+
+A reward is any function from a list of texts to a tensor [texts] of logits of P(positive).
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, ModelError, load_model, pick_device
+
+
+class SentimentHead(nn.Module):
+    """One bidirectional layer over a language model's hidden states, then a vote of the tokens.
+
+    `forward(hidden [batch, length, width], mask [batch, length], True on tokens)` -> logits
+    [batch].
+    """
+
+    def __init__(self, width: int = 256):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True
+        )
+        self.vote = nn.Linear(width, 2)  # of each token: its sentiment, and how much it counts
+        self.register_buffer(
+            "temperature", torch.ones(())
+        )  # fitted on held-out reviews: calibration
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.layer(self.norm(hidden), src_key_padding_mask=~mask)
+        sentiment, weight = self.vote(hidden).unbind(-1)
+        attention = weight.masked_fill(~mask, float("-inf")).softmax(-1)
+        return (attention * sentiment).sum(-1) / self.temperature
+
+
+class SentimentReward:
+    """Reads with the embedded model's frozen body and a `SentimentHead` fitted on IMDb's train
+    split.
+
+    A text longer than the context is read in parts; its logit is their mean.
+    """
+
+    def __init__(self, body, tokenizer, head: SentimentHead):
+        self.body, self.tokenizer, self.head = body, tokenizer, head.eval()
+        self.part_length = body.config.n_positions - 1
+
+    def parts(self, text: str) -> list[list[int]]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        starts = range(0, max(1, len(ids)), self.part_length)
+        return [[self.tokenizer.bos_token_id, *ids[i : i + self.part_length]] for i in starts]
+
+    def hidden(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """The body's hidden states [rows, length, width] of token ids, and their mask [rows,
+        length].
+        """
+        length = max(map(len, rows))
+        ids = torch.tensor(
+            [row + [0] * (length - len(row)) for row in rows], device=self.body.device
+        )
+        sizes = torch.tensor([len(row) for row in rows], device=self.body.device)
+        mask = torch.arange(length, device=self.body.device) < sizes[:, None]
+        with torch.no_grad():
+            return self.body(ids, attention_mask=mask.long()).last_hidden_state, mask
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+        rows = [(i, part) for i, text in enumerate(texts) for part in self.parts(text)]
+        rows.sort(key=lambda row: len(row[1]))  # little padding
+        totals, counts = torch.zeros(len(texts)), torch.zeros(len(texts))
+        for start in range(0, len(rows), batch_size):
+            index, parts = zip(*rows[start : start + batch_size])
+            index = torch.tensor(index)
+            totals.index_add_(0, index, self.head(*self.hidden(parts)).float().cpu())
+            counts.index_add_(0, index, torch.ones(len(index)))
+        return totals / counts
+
+
+class ClassifierReward:
+    """Any two-class text classifier of the Hub or of a folder, such as
+    siebert/sentiment-roberta-large-english.
+    """
+
+    def __init__(self, name: str):
+        from transformers import AutoModelForSequenceClassification
+
+        self.model, self.tokenizer = load_model(name, AutoModelForSequenceClassification)
+        labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
+        if len(labels) != 2:
+            raise ModelError(
+                f"{name} has the labels {sorted(labels)}; expected two, one of them positive."
+            )
+        self.positive = next((i for label, i in labels.items() if label.startswith("pos")), 1)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        logits = []
+        for i in range(0, len(texts), batch_size):
+            chunk = list(texts[i : i + batch_size])
+            inputs = self.tokenizer(chunk, padding=True, truncation=True, return_tensors="pt")
+            scores = self.model(**inputs.to(self.model.device)).logits.float().cpu()
+            logits.append(scores[:, self.positive] - scores[:, 1 - self.positive])
+        return torch.cat(logits)
+
+
+class WordJudge:
+    """A linear model on words and neighbouring pairs of words: the second judge, for evaluation and
+    never for labels.
+    """
+
+    def __init__(self, weights: dict[str, float], bias: float):
+        self.weights, self.bias = weights, bias
+
+    @staticmethod
+    def features(text: str) -> dict[str, float]:
+        """Words and word pairs that occur, each once, as a vector of length 1."""
+        words = re.findall(r"[a-z']+|[!?]", text.lower())
+        grams = Counter(words) | Counter(" ".join(pair) for pair in zip(words, words[1:]))
+        return dict.fromkeys(grams, len(grams) ** -0.5) if grams else {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        scores = [
+            sum(self.weights.get(gram, 0.0) * value for gram, value in self.features(text).items())
+            for text in texts
+        ]
+        return torch.tensor(scores) + self.bias
+
+
+def load_reward(name=EMBEDDED):
+    """The embedded sentiment reward, or the classifier of that name (a folder, or on the Hub)."""
+    if name != EMBEDDED:
+        return ClassifierReward(name)
+    from safetensors.torch import load_file
+
+    model, tokenizer = load_model()
+    head = SentimentHead(model.config.n_embd)
+    head.load_state_dict(
+        {k: v.float() for k, v in load_file(EMBEDDED_FOLDER / "reward.safetensors").items()}
+    )
+    return SentimentReward(model.transformer, tokenizer, head.to(pick_device()))
+
+
+def load_judge() -> WordJudge:
+    """The embedded second judge."""
+    stored = json.loads((EMBEDDED_FOLDER / "judge.json").read_text(encoding="utf-8"))
+    return WordJudge(stored["weights"], stored["bias"])
+
+
+def load_prompts(split: str = "train") -> list[str]:
+    """The embedded prompts, beginnings of reviews of 2-8 tokens; `split` is "train" or "held_out"."""
+    return json.loads((EMBEDDED_FOLDER / "prompts.json").read_text(encoding="utf-8"))[split]

@@ -1,0 +1,167 @@
+"""The door: what is refused, with which words, and how text becomes tokens."""
+
+import json
+
+import pytest
+import torch
+
+from dpo_mini.data import (
+    DataError,
+    PreferencePair,
+    collate,
+    pairs_from_samples,
+    preference_pairs,
+    read_rows,
+    tokenize_pairs,
+    tokenize_prompt,
+    write_jsonl,
+)
+from dpo_mini.sampling import Completion
+
+ROW = {"prompt": "This movie", "chosen": " was great.", "rejected": " was dull."}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"prompt": "a", "chosen": "b"\n', ["line 1", "expected one JSON object"]),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n[1, 2]\n', ["line 2", "got list"]),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": 1,}\n', ["line 3"]),
+        ("", ["empty"]),
+        ("\n\n", ["empty"]),
+    ],
+)
+def test_malformed_jsonl_is_told_with_its_line(tmp_path, content, words):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert all(word in str(error.value) for word in words)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"chosen": None}, ["'chosen' is missing", "line 2"]),
+        ({"rejected": ""}, ["rejected completion is empty"]),
+        ({"rejected": " was great."}, ["chosen equals rejected"]),
+        ({"chosen": [{"role": "assistant", "content": "x"}]}, ["three texts or three lists"]),
+        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["three texts"]),
+    ],
+)
+def test_bad_rows_are_refused_with_their_line(tmp_path, change, words):
+    path = tmp_path / "pairs.jsonl"
+    row = {k: v for k, v in {**ROW, **change}.items() if v is not None}
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        preference_pairs(read_rows(path))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_pairs_survive_a_round_trip(tmp_path):
+    pair = PreferencePair(
+        "This", " wäs\nfine", " was \u2028 not", [0, 5], [6, 0], [7, 8], 1.5, -0.25
+    )
+    write_jsonl(tmp_path / "p.jsonl", [pair])
+    assert preference_pairs(read_rows(tmp_path / "p.jsonl")) == [pair]
+
+
+def test_text_pairs_begin_with_bos_and_end_with_one_eos(tokenizer):
+    (ids,) = tokenize_pairs(preference_pairs([ROW]), tokenizer, 64)
+    assert ids.prompt_ids == [0, *tokenizer("This movie")["input_ids"]]
+    assert ids.prompt_ids + ids.chosen_ids == [
+        0,
+        *tokenizer("This movie was great.")["input_ids"],
+        0,
+    ]
+    twice = {**ROW, "chosen": " was great.<|endoftext|>", "prompt": "<|endoftext|>This movie"}
+    (again,) = tokenize_pairs(preference_pairs([twice]), tokenizer, 64)
+    assert again == ids
+
+
+def test_an_empty_prompt_is_bos_alone(tokenizer):
+    assert tokenize_prompt(tokenizer, "") == [0]
+    import copy
+
+    without_bos = copy.deepcopy(tokenizer)
+    without_bos.bos_token = None
+    with pytest.raises(DataError, match="no BOS"):
+        tokenize_prompt(without_bos, "")
+    assert tokenize_prompt(without_bos, "This") == tokenizer("This")["input_ids"]
+
+
+def test_a_merge_across_the_boundary_is_counted_and_keeps_the_prompt(tokenizer):
+    row = {"prompt": "This mov", "chosen": "ie was fine", "rejected": "es"}
+    with pytest.warns(UserWarning, match="tokenised apart"):
+        (ids,) = tokenize_pairs(preference_pairs([row]), tokenizer, 64)
+    assert ids.prompt_ids == [0, *tokenizer("This mov")["input_ids"]]
+    assert tokenizer.decode(ids.prompt_ids[1:] + ids.chosen_ids[:-1]) == "This movie was fine"
+
+
+def test_a_pair_longer_than_the_context_is_refused_not_cut(tokenizer):
+    with pytest.raises(DataError, match="more than the model's context of 8"):
+        tokenize_pairs(preference_pairs([{**ROW, "chosen": " great" * 20}]), tokenizer, 8)
+
+
+def test_sampled_ids_are_kept_even_where_the_text_reads_otherwise(tokenizer):
+    pair = PreferencePair("This", "ab", "c", [0, 9], [65, 66], [70, 0])
+    (ids,) = tokenize_pairs([pair], tokenizer, 16)
+    assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([0, 9], [65, 66], [70, 0])
+
+
+def test_conversations_pass_through_the_chat_template(tokenizer):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    row = {
+        "prompt": [{"role": "user", "content": "Review it."}],
+        "chosen": [{"role": "assistant", "content": "Great."}],
+        "rejected": [{"role": "assistant", "content": "Bad."}],
+    }
+    (pair,) = preference_pairs([row], chat)
+    assert (
+        pair.prompt == "<user>Review it.\n<assistant>"
+        and pair.chosen == "Great.\n"
+        and pair.rejected == "Bad.\n"
+    )
+    with pytest.raises(DataError, match="no chat template"):
+        preference_pairs([row], tokenizer)
+
+
+def test_collate_pads_either_side_and_masks_completions():
+    rows = [([0, 1], [2, 3]), ([0], [4])]
+    right, left = collate(rows), collate(rows, "left")
+    assert right.input_ids.tolist() == [[0, 1, 2, 3], [0, 4, 0, 0]]
+    assert right.completion_mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert left.input_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]]
+    assert left.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def samples(n=3):
+    return [[Completion("p", f"t{i}", [0], [i + 1]) for i in range(n)]]
+
+
+def test_all_pairs_of_a_prompt_the_higher_reward_chosen_and_ties_dropped():
+    pairs, ties = pairs_from_samples(samples(4), torch.tensor([0.1, 0.9, 0.5, 0.9]))
+    assert len(pairs) == 5 and ties == 1
+    assert all(p.chosen_reward > p.rejected_reward for p in pairs)
+
+
+def test_bradley_terry_labels_err_as_often_as_the_reward_says():
+    many = samples(2) * 4000
+    pairs, _ = pairs_from_samples(
+        many, torch.tensor([0.0, 1.0]).repeat(4000), "bradley-terry", seed=3
+    )
+    right = sum(p.chosen_reward > p.rejected_reward for p in pairs) / 4000
+    expected = 1 / (1 + 2.718281828**-1)
+    assert abs(right - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+
+
+def test_an_unreadable_folder_is_told(tmp_path):
+    with pytest.raises(DataError, match="train\\*.parquet"):
+        read_rows(tmp_path)

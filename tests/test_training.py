@@ -1,0 +1,363 @@
+"""The loop: exact under accumulation, processes, interruption and resumption; safe when things go
+wrong.
+"""
+
+import copy
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_gpt2, random_pairs
+
+from dpo_mini import training
+from dpo_mini.models import without_dropout
+from dpo_mini.training import (
+    TrainingConfig,
+    TrainingError,
+    TrainingInterrupted,
+    batch_indices,
+    learning_rate,
+    reference_logps,
+    sft_objective,
+    train,
+    train_preferences,
+)
+
+CONFIG = TrainingConfig(
+    steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=2, checkpoint_every=2, monitor_every=3
+)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def fresh():
+    torch.manual_seed(0)
+    return make_gpt2()
+
+
+def test_training_begins_at_log_2_and_learns_the_pairs():
+    model = fresh()
+    log = train_preferences(
+        model, random_pairs(16), dataclasses.replace(CONFIG, steps=40), beta=0.5
+    )
+    assert log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[1]["rewards/accuracies"] == 0.5
+    assert log[-1]["loss"] < 0.2 and log[-1]["rewards/margins"] > 2
+    names = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    }
+    assert names <= set(log[1])
+
+
+def test_the_reference_does_not_move_with_the_policy():
+    """The trap `reference = model`: the loss would stay at log 2 for ever."""
+    model, pairs = fresh(), random_pairs(16)
+    before = reference_logps(model, pairs)
+    log = train_preferences(model, pairs, CONFIG, beta=0.1)
+    margin = log[-1]["rewards/margins"]
+    assert abs(margin) > 1e-3
+    assert not torch.allclose(before, reference_logps(model, pairs))
+
+
+@pytest.mark.parametrize("objective", ["preferences", "sft"])
+def test_accumulating_4_times_2_equals_1_times_8_with_unequal_lengths(objective):
+    def run(micro):
+        model = (
+            fresh().double()
+        )  # in float32 AdamW turns the rounding of a zero gradient into a step
+        config = dataclasses.replace(CONFIG, micro_batch_size=micro)
+        if objective == "preferences":
+            log = train_preferences(model, random_pairs(20), config, beta=0.5)
+        else:
+            log = train(
+                model,
+                [(p.prompt_ids, p.chosen_ids) for p in random_pairs(20)],
+                sft_objective(),
+                config,
+            )
+        return weights(model), log
+
+    (whole, log), (parts, log_parts) = run(8), run(2)
+    assert torch.allclose(whole, parts, atol=1e-9)
+    for a, b in zip(log[1:], log_parts[1:]):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-9) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-9
+        )
+
+
+def test_means_of_micro_batch_means_would_be_another_loss():
+    """What the test above would miss if lengths were equal: token means of unequal micro-batches do
+    not average.
+    """
+    items = [(p.prompt_ids, p.chosen_ids) for p in random_pairs(8)]
+    model, objective = fresh(), sft_objective()
+    whole = objective.losses(model, items)[0] / sum(map(objective.terms, items))
+    parts = [
+        objective.losses(model, items[i : i + 2])[0] / sum(map(objective.terms, items[i : i + 2]))
+        for i in range(0, 8, 2)
+    ]
+    assert abs(whole.item() - (sum(parts) / 4).item()) > 1e-3
+
+
+def test_a_batch_is_a_function_of_its_step_and_an_epoch_sees_every_item_once():
+    epoch = [i for step in range(5) for i in batch_indices(20, 4, 0, step)]
+    assert sorted(epoch) == list(range(20))
+    assert batch_indices(20, 8, 0, 2)[:4] == epoch[16:20]  # batches may span epochs
+    assert batch_indices(20, 4, 0, 3) != batch_indices(20, 4, 1, 3)
+    assert sorted(batch_indices(3, 9, 0, 0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_learning_rate_schedules():
+    config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=1.0)
+    assert [learning_rate(s, config) for s in (0, 4, 9, 10, 60)] == [0.1, 0.5, 1.0, 1.0, 0.5]
+    cosine = dataclasses.replace(config, schedule="cosine")
+    assert learning_rate(60, cosine) == pytest.approx(0.5) and learning_rate(109, cosine) < 0.001
+    assert learning_rate(109, dataclasses.replace(config, schedule="constant")) == 1.0
+
+
+def test_the_reference_cache_knows_its_weights_and_tokens(tmp_path):
+    model, pairs, cache = fresh(), random_pairs(4), tmp_path / "reference.safetensors"
+    first = reference_logps(model, pairs, cache)
+    assert torch.equal(first, reference_logps(model, pairs, cache))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.01)
+    assert not torch.equal(first, reference_logps(other, pairs, cache))
+    assert torch.equal(
+        reference_logps(other, pairs[::-1], cache), reference_logps(other, pairs[::-1])
+    )
+
+
+def test_sft_lowers_the_loss_of_the_completion_only():
+    items = [(p.prompt_ids, p.chosen_ids) for p in random_pairs(8)]
+    log = train(
+        fresh(), items, sft_objective(), dataclasses.replace(CONFIG, steps=30, learning_rate=3e-3)
+    )
+    assert log[-1]["loss"] < 0.7 * log[1]["loss"]
+    model = fresh()
+    loss = sft_objective().losses(model, [([0, 5, 6], [7, 0])])[0]
+    logits = model(torch.tensor([[0, 5, 6, 7]])).logits[0].log_softmax(-1)
+    assert loss.item() == pytest.approx(-(logits[2, 7] + logits[3, 0]).item(), abs=1e-5)
+
+
+def test_monitor_joins_the_log():
+    log = train_preferences(fresh(), random_pairs(8), CONFIG, monitor=lambda model: {"kl": 1.5})
+    assert [r["step"] for r in log if "kl" in r] == [0, 3, 6]
+
+
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    pairs = random_pairs(16)
+    undisturbed = fresh()
+    log = train_preferences(undisturbed, pairs, CONFIG, output=tmp_path / "a")
+
+    calls = []
+
+    def dies_in_the_middle(model):
+        calls.append(1)
+        if len(calls) == 2:  # after step 3; the last checkpoint is that of step 2
+            raise RuntimeError("killed")
+        return {}
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train_preferences(fresh(), pairs, CONFIG, output=tmp_path / "b", monitor=dies_in_the_middle)
+    assert training.saved_step(tmp_path / "b" / "checkpoint.safetensors") == 2
+    second = fresh()
+    resumed = train_preferences(second, pairs, CONFIG, output=tmp_path / "b", resume=True)
+    assert torch.equal(weights(undisturbed), weights(second))
+    assert [r["loss"] for r in log[1:]] == [r["loss"] for r in resumed[1:]]
+
+
+SCRIPT = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from conftest import make_gpt2, random_pairs
+from dpo_mini.training import TrainingConfig, train_preferences
+torch.manual_seed(0)
+model = make_gpt2()
+slow = float(sys.argv[2])
+config = TrainingConfig(steps=30, batch_size=8, learning_rate=1e-3, warmup_steps=2,
+checkpoint_every=1, monitor_every=1) train_preferences(model, random_pairs(16), config,
+output=sys.argv[1], resume="--resume" in sys.argv,
+                  monitor=lambda m: time.sleep(slow) or {{}})
+torch.save([p.detach() for p in model.parameters()], sys.argv[1] + "/final.pt")
+"""
+
+
+def start(tmp_path, folder, *flags, slow=0.0):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    return subprocess.Popen(
+        [sys.executable, script, str(folder), str(slow), *flags], stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_checkpoint(folder, process, step=3):
+    deadline = time.time() + 120
+    while (training.saved_step(folder / "checkpoint.safetensors") or 0) < step:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_then_resume(tmp_path):
+    plain, broken = tmp_path / "plain", tmp_path / "broken"
+    assert start(tmp_path, plain).wait() == 0
+    for step in (3, 11, 19):  # killed three times over, wherever it happens to be
+        process = start(tmp_path, broken, "--resume", slow=0.05)
+        wait_for_checkpoint(broken, process, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert training.saved_step(broken / "checkpoint.safetensors") >= step
+    assert start(tmp_path, broken, "--resume").wait() == 0
+    for a, b in zip(torch.load(plain / "final.pt"), torch.load(broken / "final.pt")):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    process = start(tmp_path, folder, slow=0.05)
+    wait_for_checkpoint(folder, process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and "--resume goes on from there" in stderr
+    assert start(tmp_path, folder, "--resume").wait() == 0
+
+
+def test_ctrl_c_stops_after_a_whole_step(tmp_path):
+    def press(model):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    calls = []
+    with pytest.raises(TrainingInterrupted, match="Stopped after step 4 of 6"):
+        train_preferences(
+            fresh(), random_pairs(8), CONFIG, output=tmp_path,
+            monitor=lambda m: calls.append(1) or (press(m) if len(calls) == 2 else {}),
+        )  # fmt: skip
+    assert training.saved_step(tmp_path / "checkpoint.safetensors") == 4
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    train_preferences(fresh(), random_pairs(8), CONFIG, output=tmp_path)
+    with pytest.raises(TrainingError, match="beta was 0.1, is 0.2"):
+        train_preferences(fresh(), random_pairs(8), CONFIG, beta=0.2, output=tmp_path, resume=True)
+    with pytest.raises(TrainingError, match="data was"):
+        train_preferences(fresh(), random_pairs(8, seed=1), CONFIG, output=tmp_path, resume=True)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0, checkpoint_every=1
+    )
+    with pytest.raises(TrainingError, match="learning rate ten times smaller") as error:
+        train_preferences(fresh(), random_pairs(16), config, output=tmp_path)
+    step = training.saved_step(tmp_path / "checkpoint.safetensors")
+    assert step >= 1 and f"step {step} is kept" in str(error.value)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    real, calls = safetensors.torch.save_file, []
+
+    def full(tensors, path, metadata=None):
+        calls.append(path)
+        if len(calls) == 4:  # the reference cache, steps 0 and 2, then no space is left
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(TrainingError, match="No space left on device.*that of step 2 is whole"):
+        train_preferences(fresh(), random_pairs(8), CONFIG, output=tmp_path)
+    assert training.saved_step(tmp_path / "checkpoint.safetensors") == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_senseless_settings_are_refused():
+    with pytest.raises(TrainingError, match="beta must be above 0"):
+        train_preferences(fresh(), random_pairs(4), CONFIG, beta=0.0)
+    with pytest.raises(TrainingError, match="no pairs"):
+        train_preferences(fresh(), [], CONFIG)
+
+
+def test_lora_trains_adapters_alone_and_the_base_is_the_reference():
+    peft = pytest.importorskip("peft")
+    model = fresh()
+    base = weights(model).clone()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    log = train_preferences(
+        without_dropout(adapted),
+        random_pairs(16),
+        dataclasses.replace(CONFIG, learning_rate=1e-2),
+        beta=0.5,
+    )
+    assert (
+        log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[-1]["loss"] < log[1]["loss"]
+    )
+    kept = torch.cat(
+        [p.detach().flatten() for n, p in adapted.named_parameters() if "lora" not in n]
+    )
+    assert torch.equal(base, kept)
+
+
+PROCESSES = """
+import sys, json, torch
+sys.path.insert(0, {tests!r})
+from conftest import make_gpt2, random_pairs
+from dpo_mini.training import TrainingConfig, train_preferences
+torch.manual_seed(0)
+model = make_gpt2().double()
+config = TrainingConfig(steps=5, batch_size=8, micro_batch_size=2, learning_rate=1e-3,
+warmup_steps=1) log = train_preferences(model, random_pairs(20), config, beta=0.5) import os if
+os.environ.get("RANK", "0") == "0":
+    torch.save(([p.detach() for p in model.parameters()], [r["loss"] for r in log[1:]],
+    [r["rewards/margins"] for r in log[1:]]), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, env=environment)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", script, tmp_path / "two.pt"]  # fmt: skip
+    subprocess.run(launch, check=True, env=environment, capture_output=True)
+    (one, *one_log), (two, *two_log) = (
+        torch.load(tmp_path / "one.pt"),
+        torch.load(tmp_path / "two.pt"),
+    )
+    assert torch.allclose(torch.tensor(one_log), torch.tensor(two_log), atol=1e-6)
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_a_checkpoint_holds_tensors_and_json_only(tmp_path):
+    from safetensors import safe_open
+
+    train_preferences(fresh(), random_pairs(8), CONFIG, output=tmp_path)
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as stored:
+        assert json.loads(stored.metadata()["log"])[-1]["step"] == 6
+        assert {key.split(".")[0] for key in stored.keys()} == {"model", "optimizer"}
