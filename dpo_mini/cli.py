@@ -1,6 +1,4 @@
-"""The command line: one verb per stage, each a thin layer over the functions that the notebooks
-call.
-"""
+"""The command line: a verb for each stage, thin layers over what the notebooks call."""
 
 import argparse
 import json
@@ -25,19 +23,17 @@ other models and data by name:
 
 
 def main(argv=None) -> int:
-    """Run a command line; returns the exit status: 0, 1 for an error told in a sentence, 130 after
-    Ctrl-C.
-    """
+    """Run a command line; returns 0, 1 after an error told in a sentence, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
+    from dpo_mini.checkpoints import TrainingError
     from dpo_mini.data import DataError
-    from dpo_mini.models import ModelError
-    from dpo_mini.training import TrainingError
+    from dpo_mini.hub import HubError
 
     try:
         result = args.run(args)
-    except (DataError, ModelError, TrainingError) as error:
+    except (DataError, HubError, TrainingError) as error:
         print(f"dpo-mini {args.verb}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -54,9 +50,7 @@ def main(argv=None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and advice off the screen; warnings of ours and errors
-    stay.
-    """
+    """Keep other libraries' progress bars and advice off the screen; errors stay."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -67,21 +61,18 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-# --- verbs
-# ---
+# --- verbs ---
 
 
 def run_demo(args) -> dict:
     from dpo_mini.demo import DEMO_CONFIG, demo
 
     prepare_output(args)
-    say(
-        args,
-        "Sampling completions, labelling pairs, training with DPO, evaluating on held-out prompts.",
-    )
+    say(args, "Sampling completions, labelling pairs, training with DPO, evaluating.")
+    config = training_config(args, DEMO_CONFIG)
     report = demo(
-        args.output, prompts=args.n_prompts, held_out=args.held_out, beta=args.beta, config=training_config(args, DEMO_CONFIG),
-        resume=args.resume, progress=not args.json,
+        args.output, prompts=args.n_prompts, held_out=args.held_out, beta=args.beta,
+        config=config, resume=args.resume, progress=not args.json,
     )  # fmt: skip
     if not args.json:
         print_comparison(Path(args.output), report)
@@ -96,26 +87,13 @@ def run_pretrain(args) -> dict:
 
     texts = [text for split in args.splits.split(",") for text in read_texts(args.dataset, split)]
     held_out = read_texts(args.dataset, "test")[::50]
-    shape = {
-        k: getattr(args, k)
-        for k in (
-            "layers",
-            "width",
-            "heads",
-            "vocabulary",
-            "context",
-            "steps",
-            "batch_size",
-            "seed",
-        )
-    }
+    names = "layers width heads vocabulary context steps batch_size seed".split()
+    shape = {name: getattr(args, name) for name in names}
     report = pretrain(texts, held_out, args.output, **shape)
     card = embedded_card(*load_model(args.output), texts, report)
     (Path(args.output) / "README.md").write_text(card, encoding="utf-8")
-    say(
-        args,
-        f"{report['bits_per_byte']:.4f} bits per byte on the test split. The model and its card are in {args.output}.",
-    )
+    say(args, f"{report['bits_per_byte']:.4f} bits per byte on the test split.")
+    say(args, f"The model and its card are in {args.output}.")
     return report
 
 
@@ -172,27 +150,15 @@ def run_sft(args) -> dict:
     config = training_config(args, steps=steps)
     model = with_lora(model, args.lora)
     log = train(
-        model,
-        items,
-        sft_objective(),
-        config,
-        {"base": args.model},
-        args.output,
-        args.resume,
-        progress=not args.json,
-    )
-    report = {
-        "loss_first": log[1]["loss"],
-        "loss_last": log[-1]["loss"],
-        "settings": asdict(config),
-    }
+        model, items, sft_objective(), config, identity={"base": args.model},
+        output=args.output, resume=args.resume, progress=not args.json,
+    )  # fmt: skip
+    settings = asdict(config)
     if is_main_process():
-        save_model(
-            merged(model),
-            tokenizer,
-            args.output,
-            model_card(args.model, args.dataset, asdict(config)),
-        )
+        card = model_card(args.model, args.dataset, settings)
+        save_model(merged(model), tokenizer, args.output, card)
+    say(args, f"Loss {log[1]['loss']:.4f} -> {log[-1]['loss']:.4f}. The model is in {args.output}.")
+    report = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"], "settings": settings}
     return save_report(args, report)
 
 
@@ -204,34 +170,19 @@ def run_pairs(args) -> dict:
 
     output = Path(args.output)
     if output.exists() and not args.overwrite:
-        raise FileExistsError(
-            f"{output} exists already: choose another --output, or add --overwrite"
-        )
+        raise FileExistsError(f"{output} exists: choose another --output, or add --overwrite")
     output.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model)
     prompts = chosen_prompts(args, tokenizer)
     pairs, ties = sampled_pairs(
-        model,
-        tokenizer,
-        prompts,
-        load_reward(args.reward),
-        args.samples,
-        args.max_new_tokens,
-        args.labels,
-        args.seed,
-        not args.json,
-    )
+        model, tokenizer, prompts, load_reward(args.reward), args.samples, args.max_new_tokens,
+        args.labels, args.seed, not args.json,
+    )  # fmt: skip
     write_jsonl(output, pairs)
-    say(
-        args,
-        f"{len(pairs)} pairs of {len(prompts)} prompts in {output}; {ties} exact ties dropped.",
-    )
-    return {
-        "pairs": len(pairs),
-        "prompts": len(prompts),
-        "ties_dropped": ties,
-        "output": str(output),
-    }
+    counts = {"pairs": len(pairs), "prompts": len(prompts), "ties_dropped": ties}
+    say(args, "{pairs} pairs of {prompts} prompts; {ties_dropped} ties dropped.".format(**counts))
+    say(args, f"Next: dpo-mini train --model {args.model} --pairs {output}")
+    return counts | {"output": str(output)}
 
 
 def run_train(args) -> dict:
@@ -249,27 +200,19 @@ def run_train(args) -> dict:
     options = {"label_smoothing": args.label_smoothing} if args.loss == "cdpo" else {}
     model = with_lora(model, args.lora)
     log = train_preferences(
-        model, pairs, config, loss=args.loss, beta=args.beta, loss_options=options, output=args.output,
-        resume=args.resume, progress=not args.json,
+        model, pairs, config, loss=args.loss, beta=args.beta, loss_options=options,
+        output=args.output, resume=args.resume, progress=not args.json,
     )  # fmt: skip
-    settings = {
-        "loss": args.loss,
-        "beta": args.beta,
-        **options,
-        **asdict(config),
-        "pairs": len(pairs),
-    }
+    settings = {"loss": args.loss, "beta": args.beta, **options, **asdict(config)}
+    settings["pairs"] = len(pairs)
     report = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"], "settings": settings}
     if is_main_process():
-        save_model(
-            merged(model), tokenizer, args.output, model_card(args.model, args.pairs, settings)
-        )
+        card = model_card(args.model, args.pairs, settings)
+        save_model(merged(model), tokenizer, args.output, card)
         write_jsonl(Path(args.output) / "log.jsonl", log)
         training_figure(log).savefig(Path(args.output) / "training.png", dpi=110)
-    say(
-        args,
-        f"Loss {log[1]['loss']:.4f} -> {log[-1]['loss']:.4f}. Model, log and training.png are in {args.output}.",
-    )
+    say(args, f"Loss {log[1]['loss']:.4f} -> {log[-1]['loss']:.4f}.")
+    say(args, f"Model, log and training.png are in {args.output}.")
     say(args, f"Next: dpo-mini evaluate --model {args.output} --reference {args.model}")
     return save_report(args, report)
 
@@ -284,9 +227,10 @@ def run_evaluate(args) -> dict:
     prepare_output(args)
     policy, tokenizer = load_model(args.model)
     reference, _ = load_model(args.reference)
+    prompts, reward = chosen_prompts(args, tokenizer, "held_out"), load_reward(args.reward)
     report, rows = evaluate(
-        policy, reference, tokenizer, chosen_prompts(args, tokenizer, "held_out"), load_reward(args.reward), load_judge(),
-        args.samples, args.max_new_tokens, args.seed, not args.json,
+        policy, reference, tokenizer, prompts, reward, load_judge(), args.samples,
+        args.max_new_tokens, args.seed, not args.json,
     )  # fmt: skip
     if args.pairs:
         pairs = preference_pairs(read_rows(args.pairs), tokenizer)
@@ -333,20 +277,10 @@ def run_env(args) -> dict:
 
     import torch
 
-    from dpo_mini.models import hub_is_reachable, pick_device
+    from dpo_mini.hub import hub_is_reachable
+    from dpo_mini.models import pick_device
 
-    names = (
-        "dpo-mini",
-        "torch",
-        "transformers",
-        "datasets",
-        "accelerate",
-        "peft",
-        "jupyterlab",
-        "ipywidgets",
-        "matplotlib",
-        "sympy",
-    )
+    names = "dpo-mini torch transformers datasets accelerate peft jupyterlab ipywidgets sympy"
     report = {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -354,18 +288,15 @@ def run_env(args) -> dict:
         "threads": torch.get_num_threads(),
         "device": pick_device(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "hub": "reachable"
-        if hub_is_reachable()
-        else "not reachable (the embedded defaults need no network)",
-        **{name: installed(name) for name in names},
+        "hub": "reachable" if hub_is_reachable() else "not reachable (no default needs it)",
+        **{name: installed(name) for name in names.split()},
     }
     for key, value in report.items():
         say(args, f"{key:14s} {value}")
     return report
 
 
-# --- what the verbs share
-# ---
+# --- what the verbs share ---
 
 
 def prepare_output(args) -> None:
@@ -375,22 +306,19 @@ def prepare_output(args) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; --output must name a folder")
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not (args.overwrite or getattr(args, "resume", False))
-    ):
+    welcome = args.overwrite or getattr(args, "resume", False)
+    if folder.is_dir() and any(folder.iterdir()) and not welcome:
         resume = "--resume to go on with the run in it, " if hasattr(args, "resume") else ""
         raise FileExistsError(
-            f"{folder} exists and is not empty: add {resume}--overwrite to replace it, or choose another --output"
+            f"{folder} exists and is not empty: add {resume}--overwrite to replace it, or choose "
+            "another --output"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written: {error.strerror}; choose another --output"
-        ) from error
+        said = f"{folder} cannot be written: {error.strerror}; choose another --output"
+        raise OSError(said) from error
 
 
 def training_config(args, default=None, **changes):
@@ -411,9 +339,7 @@ def training_config(args, default=None, **changes):
 
 
 def chosen_prompts(args, tokenizer, split="train") -> list[str]:
-    """Prompts from a file (one a line), from the beginnings of a data set's texts, or the embedded
-    ones.
-    """
+    """Prompts from a file (one a line), from a data set's texts, or the embedded ones."""
     from dpo_mini.data import prefixes, read_texts
     from dpo_mini.rewards import load_prompts
 
@@ -428,25 +354,23 @@ def chosen_prompts(args, tokenizer, split="train") -> list[str]:
 
 
 def with_lora(model, rank: int):
-    """The model with trainable low-rank adapters on its attention and MLP layers; itself where rank
-    is 0.
-    """
+    """The model with trainable low-rank adapters on its linear layers; itself where rank is 0."""
     if not rank:
         return model
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        from dpo_mini.training import TrainingError
+        from dpo_mini.checkpoints import TrainingError
 
         raise TrainingError("--lora needs peft: pip install 'dpo-mini[lora]'.") from None
-    return get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+    adapters = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    return get_peft_model(model, adapters)
 
 
 def merged(model):
-    """The model with its adapters, if any, added into its weights, so that it loads like any other."""
+    """The model with its adapters, if any, added into its weights: it loads like any other."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
@@ -465,12 +389,13 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def interval(estimate: dict) -> str:
+    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
+
+
 def print_comparison(folder: Path, report: dict) -> None:
     """The before/after table, with samples side by side."""
-    rows = [
-        json.loads(line)
-        for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
     print(f"\n{'held-out prompts':<34}{'before':>9}{'after':>9}   95% interval after")
     for title, key in (
         ("P(positive), the reward", "reward"),
@@ -478,12 +403,9 @@ def print_comparison(folder: Path, report: dict) -> None:
         ("tokens", "length"),
     ):
         before, after = report[f"{key}_reference"], report[f"{key}_policy"]
-        print(
-            f"{title:<34}{before['mean']:>9.3f}{after['mean']:>9.3f}   {after['low']:.3f} to {after['high']:.3f}"
-        )
-    print(
-        f"{'distinct word pairs':<34}{report['distinct_2_reference']:>9.3f}{report['distinct_2_policy']:>9.3f}"
-    )
+        print(f"{title:<34}{before['mean']:>9.3f}{after['mean']:>9.3f}   {interval(after)}")
+    before, after = report["distinct_2_reference"], report["distinct_2_policy"]
+    print(f"{'distinct word pairs':<34}{before:>9.3f}{after:>9.3f}")
     for title, key in (
         ("win rate against the reference", "win_rate"),
         ("KL from the reference (nats)", "kl"),
@@ -491,11 +413,9 @@ def print_comparison(folder: Path, report: dict) -> None:
         ("  those half a logit apart or more", "preference_accuracy_clear"),
     ):
         if key in report:
-            print(
-                f"{title:<43}{report[key]['mean']:>9.3f}   {report[key]['low']:.3f} to {report[key]['high']:.3f}"
-            )
+            print(f"{title:<43}{report[key]['mean']:>9.3f}   {interval(report[key])}")
     print("\nThe same prompts, before and after, with P(positive):")
-    for row in rows[:4]:
+    for row in map(json.loads, lines[:4]):
         print(f"\n  {row['prompt']} ...")
         for name, label in (("reference", "before"), ("policy", "after")):
             print(f"    {label:<7}{row['reward_' + name]:.2f}  {one_line(row[name])}")
@@ -503,8 +423,7 @@ def print_comparison(folder: Path, report: dict) -> None:
     print(f"  dpo-mini sample --model {folder} --prompt 'The plot'")
 
 
-# --- options
-# ---
+# --- options ---
 
 
 def parser() -> argparse.ArgumentParser:
@@ -696,10 +615,14 @@ def parser() -> argparse.ArgumentParser:
         "--splits", default="train,unsupervised", help="splits to read, with commas between"
     )
     for name, default, help in (
-        ("layers", 4, "transformer blocks"), ("width", 256, "of the residual stream"), ("heads", 4, "of attention"),
-        ("vocabulary", 8192, "tokens of the byte-level BPE"), ("context", 128, "tokens"), ("steps", 2860, "optimiser steps"),
+        ("layers", 4, "transformer blocks"),
+        ("width", 256, "of the residual stream"),
+        ("heads", 4, "of attention"),
+        ("vocabulary", 8192, "tokens of the byte-level BPE"),
+        ("context", 128, "tokens"),
+        ("steps", 2860, "optimiser steps"),
         ("batch-size", 32, "windows per step"),
-    ):  # fmt: skip
+    ):
         p.add_argument(f"--{name}", type=int, default=default, help=help)
 
     p = verb(

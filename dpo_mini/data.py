@@ -1,17 +1,17 @@
-"""Preference pairs: reading, checking, tokenising and batching. What passes here is not checked
-again.
-"""
+"""Preference pairs: reading, checking, tokenising, batching. What passes is not checked again."""
 
 import itertools
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dpo_mini.hub import local_or_hub
 
 
 class DataError(ValueError):
@@ -45,25 +45,20 @@ class TokenizedPair:
 
 
 def read_rows(source, split: str = "train") -> list[dict]:
-    """The rows of a JSONL file, of a folder of parquet files, or of a data set on the Hub, as
-    dictionaries.
+    """The rows of a JSONL file, a folder of parquet files or a data set on the Hub.
 
-    Raises DataError for a line that is not a JSON object (with its number), and for a source that
-    is not there.
+    Raises DataError for a line that is no JSON object, with its number, and HubError for a name
+    that is no file or folder while the Hub cannot be reached.
     """
     path = Path(source)
     if path.is_file():
         return _read_jsonl(path)
     from datasets import load_dataset
 
-    from dpo_mini.models import local_or_hub
-
     if path.is_dir():
         files = sorted(str(f) for f in path.glob(f"{split}*.parquet"))
         if not files:
-            raise DataError(
-                f"{path} holds no file {split}*.parquet. Expected one parquet file or more for each split."
-            )
+            raise DataError(f"{path} holds no file {split}*.parquet: expected one or more a split.")
         return list(load_dataset("parquet", data_files=files, split="train"))
     local_or_hub(source, "dataset")
     return list(load_dataset(str(source), split=split))
@@ -77,14 +72,13 @@ def _read_jsonl(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            where = f"{path}, line {number}, column {error.colno}"
             raise DataError(
-                f"{path}, line {number}: expected one JSON object, but {error.msg} at column {error.colno}. "
-                "Each line must hold one object and nothing else."
+                f"{where}: expected one JSON object and no more; {error.msg}."
             ) from None
         if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: expected a JSON object, got {type(row).__name__}."
-            )
+            came = type(row).__name__
+            raise DataError(f"{path}, line {number}: expected a JSON object, got {came}.")
         rows.append({**row, "_line": number})
     if not rows:
         raise DataError(f"{path} is empty: expected one JSON object per line.")
@@ -95,31 +89,25 @@ def read_texts(source, split: str = "train", column: str = "text") -> list[str]:
     """The texts of a data set, with IMDb's `<br />` as a space; sources as in `read_rows`."""
     rows = read_rows(source, split)
     if column not in rows[0]:
-        raise DataError(
-            f"{source} has no column {column!r}; it has {', '.join(map(repr, rows[0]))}."
-        )
+        raise DataError(f"{source} has no column {column!r}; it has {', '.join(rows[0])}.")
     return [row[column].replace("<br />", " ") for row in rows]
 
 
 def write_jsonl(path, rows: Iterable) -> None:
-    """One JSON object per line; dataclasses as objects without their empty fields. Written whole or
-    not at all.
-    """
+    """One JSON object a line, empty fields left out; the file is written whole or not at all."""
     path = Path(path)
     lines = []
     for row in rows:
-        row = row if isinstance(row, dict) else asdict(row)
-        lines.append(
-            json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False)
-        )
+        cells = row if isinstance(row, dict) else asdict(row)
+        cells = {name: value for name, value in cells.items() if value is not None}
+        lines.append(json.dumps(cells, ensure_ascii=False))
     partial = path.with_name(path.name + ".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def preference_pairs(rows: Sequence[dict], tokenizer=None) -> list[PreferencePair]:
-    """Check rows with the columns `prompt`, `chosen`, `rejected` (TRL's names) and return them as
-    pairs.
+    """Rows with the columns `prompt`, `chosen`, `rejected` (TRL's names), checked, as pairs.
 
     A column holds text, or a list of messages `{"role": ..., "content": ...}`, which the
     tokenizer's chat template turns into text. Raises DataError for a missing column, an empty
@@ -136,18 +124,14 @@ def preference_pairs(rows: Sequence[dict], tokenizer=None) -> list[PreferencePai
                 f"{', '.join(map(repr, missing))} is missing; it has {have}."
             )
         prompt, chosen, rejected = _as_text(row, tokenizer, where)
-        fields = {k: row.get(k) for k in PreferencePair.__dataclass_fields__}
-        pair = PreferencePair(
-            **{**fields, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        )
+        others = {f.name: row.get(f.name) for f in fields(PreferencePair)[3:]}
+        pair = PreferencePair(prompt, chosen, rejected, **others)
         for name in ("chosen", "rejected"):
             if not getattr(pair, f"{name}_ids") and not getattr(pair, name):
-                raise DataError(
-                    f"{where}: the {name} completion is empty; a completion needs at least one token."
-                )
+                raise DataError(f"{where}: {name} is empty; a completion needs at least one token.")
         if (chosen, pair.chosen_ids) == (rejected, pair.rejected_ids):
             raise DataError(
-                f"{where}: chosen equals rejected, so the pair says nothing: its gradient is zero. Drop it."
+                f"{where}: chosen equals rejected; such a pair has no gradient. Drop it."
             )
         pairs.append(pair)
     return pairs
@@ -162,45 +146,35 @@ def _as_text(row, tokenizer, where) -> tuple[str, str, str]:
         raise DataError(f"{where}: expected three texts or three lists of messages, got {kinds}.")
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
-            f"{where} is a conversation, but the tokenizer has no chat template: use plain text columns."
+            f"{where}: messages, but the tokenizer has no chat template; use plain text."
         )
     render = tokenizer.apply_chat_template
     prompt = render(columns[0], tokenize=False, add_generation_prompt=True)
     texts = [render(columns[0] + answer, tokenize=False) for answer in columns[1:]]
     if not all(text.startswith(prompt) for text in texts):
-        raise DataError(
-            f"{where}: the chat template renders the prompt differently once an answer follows."
-        )
+        raise DataError(f"{where}: the template changes the prompt once an answer follows it.")
     return prompt, texts[0][len(prompt) :], texts[1][len(prompt) :]
 
 
 def tokenize_prompt(tokenizer, prompt: str) -> list[int]:
-    """A prompt's token ids, beginning with exactly one BOS where the tokenizer has one; an empty
-    prompt is BOS alone.
+    """A prompt's token ids, after exactly one BOS where the tokenizer has one.
 
-    Raises DataError for an empty prompt where the tokenizer has no BOS: nothing could predict the
-    first token.
+    Raises DataError for an empty prompt without BOS: nothing would predict the first token.
     """
     ids, bos = tokenizer(prompt)["input_ids"], tokenizer.bos_token_id
     if bos is not None:
-        return [bos, *without(ids, bos)]
+        while ids and ids[0] == bos:
+            ids = ids[1:]
+        return [bos, *ids]
     if not ids:
-        raise DataError(
-            "the prompt is empty and the tokenizer has no BOS token: nothing could predict the first token."
-        )
+        raise DataError("the prompt is empty and the tokenizer has no BOS to predict a token from.")
     return ids
-
-
-def without(ids: list[int], first: int) -> list[int]:
-    """The ids after any run of `first` at their beginning."""
-    return ids[next((i for i, x in enumerate(ids) if x != first), len(ids)) :]
 
 
 def tokenize_pairs(
     pairs: Sequence[PreferencePair], tokenizer, max_length: int
 ) -> list[TokenizedPair]:
-    """Token ids of pairs. Sampled pairs keep the ids that were sampled; text pairs are tokenised
-    here.
+    """Token ids of pairs. Sampled pairs keep the ids that were sampled.
 
     Text is tokenised jointly (prompt + completion), and apart where the joint ids do not begin with
     the prompt's (a merge across the boundary; counted in a warning). A completion that came as text
@@ -225,15 +199,13 @@ def tokenize_pairs(
         longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
         if longest > max_length:
             raise DataError(
-                f"pair {i} has {longest} tokens, more than the model's context of {max_length}. Shorten or drop it: "
-                "cutting a completion silently would change what was preferred."
+                f"pair {i} has {longest} tokens, more than the model's context of {max_length}. "
+                "Shorten or drop it: cut silently, it would not be what was preferred."
             )
         tokenized.append(ids)
     if merged:
-        warnings.warn(
-            f"{merged} completions were tokenised apart from their prompt: a token spans the boundary.",
-            stacklevel=2,
-        )
+        said = f"{merged} completions were tokenised apart: a token spans the end of the prompt."
+        warnings.warn(said, stacklevel=2)
     return tokenized
 
 
@@ -247,9 +219,7 @@ def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
 
 
 class Batch(NamedTuple):
-    """Padded sequences: three int64 tensors [batch, length]; `completion_mask` is 1 on completion
-    tokens.
-    """
+    """Padded sequences: three int64 tensors [batch, length], the masks 1 on what they name."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -260,9 +230,7 @@ class Batch(NamedTuple):
 
 
 def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str = "right") -> Batch:
-    """Pad (prompt ids, completion ids) to a `Batch`. The pad id is 0 and never read: the masks say
-    what counts.
-    """
+    """Pad (prompt ids, completion ids) to a `Batch`. Pads are 0 and never count: see the masks."""
     length = max(len(p) + len(c) for p, c in sequences)
     rows = []
     for prompt, completion in sequences:
@@ -279,8 +247,7 @@ def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str 
 def pairs_from_samples(
     samples, rewards, labels: str = "best", seed: int = 0
 ) -> tuple[list[PreferencePair], int]:
-    """All pairs of the completions of each prompt, labelled by their rewards; returns (pairs, exact
-    ties dropped).
+    """All pairs of each prompt's completions, labelled by reward: (pairs, exact ties dropped).
 
     `samples`: for each prompt its completions (as from `sample_completions`); `rewards`: their
     logits in the same order, flat. `labels`: "best" prefers the higher reward; "bradley-terry"
@@ -299,24 +266,18 @@ def pairs_from_samples(
             if labels == "bradley-terry":
                 chance = torch.tensor(reward_a - reward_b).sigmoid()
                 a_wins = bool(torch.rand((), generator=generator) < chance)
-            first, second = (
+            (w, reward_w), (l, reward_l) = (
                 ((a, reward_a), (b, reward_b)) if a_wins else ((b, reward_b), (a, reward_a))
             )
-            pairs.append(
-                PreferencePair(
-                    a.prompt, first[0].text, second[0].text, a.prompt_ids, first[0].ids, second[0].ids,
-                    round(first[1], 4), round(second[1], 4),
-                )
-            )  # fmt: skip
+            ids, logits = (a.prompt_ids, w.ids, l.ids), (round(reward_w, 4), round(reward_l, 4))
+            pairs.append(PreferencePair(a.prompt, w.text, l.text, *ids, *logits))
     return pairs, ties
 
 
 def prefixes(
     texts: Sequence[str], tokenizer, n: int, low: int = 2, high: int = 8, seed: int = 0
 ) -> list[str]:
-    """Prompts: the first `low` to `high` tokens of `n` different texts (Rafailov et al. 2023,
-    appendix C.1).
-    """
+    """Prompts: the first `low` to `high` tokens of `n` texts (Rafailov et al. 2023, C.1)."""
     generator = torch.Generator().manual_seed(seed)
     prompts = []
     for i in torch.randperm(len(texts), generator=generator).tolist()[:n]:

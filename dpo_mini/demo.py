@@ -13,7 +13,7 @@ from dpo_mini.data import (
     tokenize_pairs,
     write_jsonl,
 )
-from dpo_mini.evaluation import evaluate, held_out_accuracy, mean_interval, sequence_kl
+from dpo_mini.evaluation import evaluate, held_out_accuracy, sequence_kl
 from dpo_mini.models import EMBEDDED, context_length, load_model, model_card, save_model
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
@@ -27,7 +27,7 @@ DEMO_CONFIG = TrainingConfig(
 def sampled_pairs(
     model, tokenizer, prompts, reward, n=4, max_new_tokens=40, labels="best", seed=0, progress=False
 ):
-    """Sample `n` completions of each prompt and label all their pairs: (pairs, exact ties dropped)."""
+    """Sample `n` completions of each prompt, label all their pairs: (pairs, exact ties dropped)."""
     samples = sample_completions(
         model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress
     )
@@ -36,114 +36,71 @@ def sampled_pairs(
 
 
 def sample_monitor(reference, tokenizer, prompts, reward, max_new_tokens=40, seed=7):
-    """A monitor for `train`: mean P(positive) and sequence KL of fresh samples of the model being
-    trained.
-    """
+    """A monitor for `train`: P(positive) and sequence KL of fresh samples of the model."""
 
     def monitor(model) -> dict:
         drawn = sample_completions(model, tokenizer, prompts, 1, max_new_tokens, seed=seed)
         completions = [row[0] for row in drawn]
         return {
             "reward": reward([c.full_text for c in completions]).sigmoid().mean().item(),
-            "kl": mean_interval(sequence_kl(model, reference, completions)).mean,
+            "kl": sequence_kl(model, reference, completions).mean().item(),
         }
 
     return monitor
 
 
 def demo(
-    output="runs/demo",
-    *,
-    model=EMBEDDED,
-    prompts: int = 1000,
-    held_out: int = 256,
-    samples: int = 4,
-    max_new_tokens: int = 40,
-    beta: float = 0.1,
-    config: TrainingConfig = DEMO_CONFIG,
-    resume: bool = False,
-    progress: bool = True,
-) -> dict:
-    """Turn a model that writes any review into one that writes positive reviews; returns the
-    report.
+    output="runs/demo", *,
+    prompts=1000, held_out=256, samples=4, max_new_tokens=40, beta=0.1, config=DEMO_CONFIG,
+    resume=False, progress=True,
+) -> dict:  # fmt: skip
+    """Turn a model that writes any review into one that writes positive ones; returns the report.
 
-    Writes to `output`: pairs.jsonl and held_out_pairs.jsonl, the trained model, report.json,
-    samples.jsonl, log.jsonl and training.png. With `resume` what an interrupted run has already
-    written there is used.
+    Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl and
+    training.png. With `resume`, what an interrupted run has already written there is used.
     """
     from dpo_mini.course.plots import training_figure
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    policy, tokenizer = load_model(model)
-    reference, _ = load_model(model)
+    policy, tokenizer = load_model()
+    reference, _ = load_model()
     reward, judge = load_reward(), load_judge()
-    training_prompts, test_prompts = (
-        load_prompts("train")[:prompts],
-        load_prompts("held_out")[:held_out],
-    )
+    test_prompts = load_prompts("held_out")[:held_out]
 
-    pairs, ties = {}, {}
-    for name, chosen_prompts, seed in (
-        ("pairs", training_prompts, config.seed),
-        ("held_out_pairs", test_prompts, 1000),
-    ):
+    def pairs_of(name, its_prompts, seed):
         path = output / f"{name}.jsonl"
-        if resume and path.exists():
-            pairs[name] = preference_pairs(read_rows(path))
-            continue
-        pairs[name], ties[name] = sampled_pairs(
-            reference,
-            tokenizer,
-            chosen_prompts,
-            reward,
-            samples,
-            max_new_tokens,
-            seed=seed,
-            progress=progress,
-        )
-        write_jsonl(path, pairs[name])
-    tokenized = {
-        name: tokenize_pairs(p, tokenizer, context_length(policy)) for name, p in pairs.items()
-    }
+        if not (resume and path.exists()):
+            pairs, _ = sampled_pairs(
+                reference, tokenizer, its_prompts, reward, samples, max_new_tokens,
+                seed=seed, progress=progress,
+            )  # fmt: skip
+            write_jsonl(path, pairs)
+        return preference_pairs(read_rows(path))
 
-    monitor = sample_monitor(reference, tokenizer, test_prompts[:96], reward, max_new_tokens)
+    pairs = pairs_of("pairs", load_prompts("train")[:prompts], config.seed)
+    test_pairs = pairs_of("held_out_pairs", test_prompts, config.seed + 1000)
+
+    length = context_length(policy)
     log = train_preferences(
-        policy,
-        tokenized["pairs"],
-        config,
-        beta=beta,
-        output=output,
-        resume=resume,
-        monitor=monitor,
-        progress=progress,
-    )
+        policy, tokenize_pairs(pairs, tokenizer, length), config, beta=beta,
+        output=output, resume=resume, progress=progress,
+        monitor=sample_monitor(reference, tokenizer, test_prompts[:96], reward, max_new_tokens),
+    )  # fmt: skip
+
     report, rows = evaluate(
-        policy,
-        reference,
-        tokenizer,
-        test_prompts,
-        reward,
-        judge,
-        2,
-        max_new_tokens,
+        policy, reference, tokenizer, test_prompts, reward, judge, 2, max_new_tokens,
         progress=progress,
-    )
-    logps = [reference_logps(m, tokenized["held_out_pairs"]) for m in (policy, reference)]
-    report |= held_out_accuracy(*logps, pairs["held_out_pairs"], beta)
-    report = {
-        "loss_first": log[1]["loss"],
-        "loss_last": sum(r["loss"] for r in log[-10:]) / 10,
-        **report,
-        "settings": {
-            "model": str(model), "beta": beta, "prompts": len(training_prompts), "samples": samples,
-            "max_new_tokens": max_new_tokens, "training_pairs": len(pairs["pairs"]), "ties_dropped": ties.get("pairs"),
-            **asdict(config), "torch": torch.__version__,
-        },
-    }  # fmt: skip
-    save_model(
-        policy, tokenizer, output, model_card(str(model), "pairs.jsonl", report["settings"], report)
-    )
+    )  # fmt: skip
+    tokenized = tokenize_pairs(test_pairs, tokenizer, length)
+    logps = [reference_logps(model, tokenized) for model in (policy, reference)]
+    report |= held_out_accuracy(*logps, test_pairs, beta)
+    settings = {"beta": beta, "prompts": prompts, "samples": samples, "pairs": len(pairs)}
+    settings |= {"max_new_tokens": max_new_tokens, **asdict(config), "torch": torch.__version__}
+    losses = {"loss_first": log[1]["loss"], "loss_last": sum(r["loss"] for r in log[-10:]) / 10}
+    report = {**losses, **report, "settings": settings}
+
+    save_model(policy, tokenizer, output, model_card(EMBEDDED, "pairs.jsonl", settings, report))
     write_jsonl(output / "samples.jsonl", rows)
     write_jsonl(output / "log.jsonl", log)
     training_figure(log).savefig(output / "training.png", dpi=110)

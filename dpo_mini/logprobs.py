@@ -1,7 +1,6 @@
 """Log-probabilities of completions under a causal language model: the definition, in full view."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,13 +12,12 @@ def token_logps(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     - 1 belongs to token t.
     """
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a token
-    logits = model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
-    ).logits[:, :-1]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    logits = model(**inputs, position_ids=position_ids).logits[:, :-1]
     if logits.dtype != torch.float64:
         logits = logits.float()  # at 512 nats bfloat16 has a spacing of 4
-    # Cross-entropy without reduction is -log softmax(logits)[target].
-    return -F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+    next_logits = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return next_logits - logits.logsumexp(-1)  # log softmax, of the token that came
 
 
 def sequence_logps(

@@ -1,5 +1,4 @@
-"""A number for a text: the rewards that label pairs, and a judge of another kind that only
-evaluates.
+"""A number for a text: rewards that label pairs, and a judge of another kind that only evaluates.
 
 A reward is any function from a list of texts to a tensor [texts] of logits of P(positive).
 """
@@ -12,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, ModelError, load_model, pick_device
+from dpo_mini.hub import HubError
+from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, load_model, pick_device
 
 
 class SentimentHead(nn.Module):
     """One bidirectional layer over a language model's hidden states, then a vote of the tokens.
 
-    `forward(hidden [batch, length, width], mask [batch, length], True on tokens)` -> logits
-    [batch].
+    `hidden` [batch, length, width], `mask` [batch, length], True on tokens -> logits [batch].
     """
 
     def __init__(self, width: int = 256):
@@ -29,9 +28,7 @@ class SentimentHead(nn.Module):
             width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True
         )
         self.vote = nn.Linear(width, 2)  # of each token: its sentiment, and how much it counts
-        self.register_buffer(
-            "temperature", torch.ones(())
-        )  # fitted on held-out reviews: calibration
+        self.register_buffer("temperature", torch.ones(()))  # calibrated on held-out reviews
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = self.layer(self.norm(hidden), src_key_padding_mask=~mask)
@@ -41,8 +38,7 @@ class SentimentHead(nn.Module):
 
 
 class SentimentReward:
-    """Reads with the embedded model's frozen body and a `SentimentHead` fitted on IMDb's train
-    split.
+    """Reads with the embedded model's frozen body and a head fitted on IMDb's train split.
 
     A text longer than the context is read in parts; its logit is their mean.
     """
@@ -57,15 +53,12 @@ class SentimentReward:
         return [[self.tokenizer.bos_token_id, *ids[i : i + self.part_length]] for i in starts]
 
     def hidden(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """The body's hidden states [rows, length, width] of token ids, and their mask [rows,
-        length].
-        """
+        """The body's hidden states [rows, length, width] of token ids, and their mask."""
         length = max(map(len, rows))
-        ids = torch.tensor(
-            [row + [0] * (length - len(row)) for row in rows], device=self.body.device
-        )
-        sizes = torch.tensor([len(row) for row in rows], device=self.body.device)
-        mask = torch.arange(length, device=self.body.device) < sizes[:, None]
+        device = self.body.device
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+        sizes = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(length, device=device) < sizes[:, None]
         with torch.no_grad():
             return self.body(ids, attention_mask=mask.long()).last_hidden_state, mask
 
@@ -83,9 +76,7 @@ class SentimentReward:
 
 
 class ClassifierReward:
-    """Any two-class text classifier of the Hub or of a folder, such as
-    siebert/sentiment-roberta-large-english.
-    """
+    """Any two-class classifier, such as siebert/sentiment-roberta-large-english, or a folder."""
 
     def __init__(self, name: str):
         from transformers import AutoModelForSequenceClassification
@@ -93,7 +84,7 @@ class ClassifierReward:
         self.model, self.tokenizer = load_model(name, AutoModelForSequenceClassification)
         labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
         if len(labels) != 2:
-            raise ModelError(
+            raise HubError(
                 f"{name} has the labels {sorted(labels)}; expected two, one of them positive."
             )
         self.positive = next((i for label, i in labels.items() if label.startswith("pos")), 1)
@@ -110,9 +101,7 @@ class ClassifierReward:
 
 
 class WordJudge:
-    """A linear model on words and neighbouring pairs of words: the second judge, for evaluation and
-    never for labels.
-    """
+    """The second judge, for evaluation, never for labels: linear on words and pairs of words."""
 
     def __init__(self, weights: dict[str, float], bias: float):
         self.weights, self.bias = weights, bias
@@ -140,9 +129,7 @@ def load_reward(name=EMBEDDED):
 
     model, tokenizer = load_model()
     head = SentimentHead(model.config.n_embd)
-    head.load_state_dict(
-        {k: v.float() for k, v in load_file(EMBEDDED_FOLDER / "reward.safetensors").items()}
-    )
+    head.load_state_dict(load_file(EMBEDDED_FOLDER / "reward.safetensors"))  # half to float32
     return SentimentReward(model.transformer, tokenizer, head.to(pick_device()))
 
 
@@ -153,5 +140,5 @@ def load_judge() -> WordJudge:
 
 
 def load_prompts(split: str = "train") -> list[str]:
-    """The embedded prompts, beginnings of reviews of 2-8 tokens; `split` is "train" or "held_out"."""
+    """The embedded prompts, beginnings of 2-8 tokens; `split` is "train" or "held_out"."""
     return json.loads((EMBEDDED_FOLDER / "prompts.json").read_text(encoding="utf-8"))[split]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dpo_mini.data import collate, tokenize_prompt
 
@@ -44,15 +45,17 @@ def sample_completions(
     from transformers import GenerationConfig
 
     config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # `draw` has sampled: what it leaves is the one token it drew
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id or 0,
         use_cache=True,
     )
+
+    def draw(_, logits: Tensor) -> Tensor:
+        token = inverse_cdf((logits / temperature).softmax(-1))
+        return torch.full_like(logits, float("-inf")).scatter_(1, token, 0.0)
+
     rows = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts for _ in range(n)]
     completions = []
     with torch.random.fork_rng(), torch.no_grad():
@@ -64,6 +67,7 @@ def sample_completions(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=config,
+                logits_processor=[draw],
             )
             for (prompt, prompt_ids), ids in zip(
                 chunk, output[:, batch.input_ids.shape[1] :].tolist()
@@ -74,6 +78,17 @@ def sample_completions(
                 )
                 completions.append(Completion(prompt, text, prompt_ids, ids))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def inverse_cdf(probabilities: Tensor) -> Tensor:
+    """A draw from each row, int64 [batch, 1]: the first token whose cumulative sum exceeds u.
+
+    One uniform u a row, where `torch.multinomial` draws a random number for each token of the
+    vocabulary: on a CPU that takes longer than a small model does.
+    """
+    cumulative = probabilities.cumsum(-1)
+    u = torch.rand(len(probabilities), 1).to(probabilities.device)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
 
 
 def through_first(ids: list[int], end: int | None) -> list[int]:

@@ -1,13 +1,9 @@
 """The training loop. SFT and preference training are the same loop with another objective."""
 
-import hashlib
-import json
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,17 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_mini.checkpoints import (
+    TrainingError,
+    TrainingInterrupted,
+    fingerprint,
+    interruption,
+    load_checkpoint,
+    save_checkpoint,
+    saved_step,
+)
 from dpo_mini.data import TokenizedPair, collate
 from dpo_mini.logprobs import sequence_logps, token_logps
 from dpo_mini.losses import LOSSES, PairLogps, preference_metrics
-
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message says why, what is safe, and what to try."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after the checkpoint was written."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,10 @@ class TrainingConfig:
     steps: int = 200
     batch_size: int = 32  # items (pairs or texts) per optimiser step, over all processes
     micro_batch_size: int | None = None  # items in memory at once; None: the whole batch
+    block_size: int = 1  # neighbours shuffled as one: 6 keeps the pairs of 4 samples together
     learning_rate: float = 5e-5
     warmup_steps: int = 10
-    schedule: str = (
-        "linear"  # after the warm-up: "constant", "linear" or "cosine" (the latter two to 0)
-    )
+    schedule: str = "linear"  # after the warm-up: "constant", "linear" or "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     bf16: bool = False  # autocast; log-probabilities stay in float32
@@ -49,46 +45,45 @@ class TrainingConfig:
 
 
 class Objective(NamedTuple):
-    """What to minimise: the mean of all loss terms of a batch, however the batch is cut into
-    micro-batches.
-    """
+    """What to minimise: the mean of a batch's loss terms, however it is cut into micro-batches."""
 
-    terms: Callable[
-        [object], int
-    ]  # how many loss terms an item has: 1 for a pair, its tokens for a text
+    terms: Callable[[object], int]  # loss terms of an item: 1 for a pair, its tokens for a text
     losses: Callable  # (model, items) -> (sum of the loss terms, metrics: each a tensor [items])
 
 
 def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Objective:
-    """Items are (TokenizedPair, (reference logp of chosen, of rejected)); `loss` as in
-    `dpo_mini.losses`.
-    """
+    """Items are (TokenizedPair, (reference logp of chosen, of rejected)); `loss` as in LOSSES."""
 
     def losses(model, items):
         pairs, reference = zip(*items)
-        batch = collate(
-            [(p.prompt_ids, p.chosen_ids) for p in pairs]
-            + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-        )
+        rows, index = different_rows(pairs)
         device = next(model.parameters()).device
-        policy = sequence_logps(model, *batch.to(device)).chunk(2)
-        logps = PairLogps(*policy, *torch.tensor(reference, device=device).unbind(1))
+        policy = sequence_logps(model, *collate(rows).to(device))[index.to(device)]
+        reference = torch.tensor(reference, device=device)
+        logps = PairLogps(*policy.unbind(1), *reference.unbind(1))
         return loss(logps).sum(), preference_metrics(logps, beta)
 
     return Objective(terms=lambda item: 1, losses=losses)
 
 
-def sft_objective() -> Objective:
-    """Items are (prompt ids, completion ids); the loss is -log pi(token), averaged over completion
-    tokens.
+def different_rows(pairs: Sequence[TokenizedPair]) -> tuple[list, Tensor]:
+    """The different (prompt ids, completion ids) of pairs, and where in them each pair's chosen and
+    rejected are, int64 [pairs, 2]: a completion that is in several pairs need be read only once.
     """
+    places: dict[tuple, int] = {}
+    rows = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    index = [places.setdefault((*prompt, -1, *ids), len(places)) for prompt, ids in rows]
+    return list(dict(zip(index, rows)).values()), torch.tensor(index).view(-1, 2)
+
+
+def sft_objective() -> Objective:
+    """Items are (prompt ids, completion ids); the loss is -log pi(token) of completion tokens."""
 
     def losses(model, items):
         batch = collate(items).to(next(model.parameters()).device)
-        logps = (
-            token_logps(model, batch.input_ids, batch.attention_mask) * batch.completion_mask[:, 1:]
-        )
-        return -logps.sum(), {"logps/completion": logps.sum(1).detach()}
+        logps = token_logps(model, batch.input_ids, batch.attention_mask)
+        logps = (logps * batch.completion_mask[:, 1:]).sum(1)
+        return -logps.sum(), {"logps/completion": logps.detach()}
 
     return Objective(terms=lambda item: len(item[1]), losses=losses)
 
@@ -96,11 +91,10 @@ def sft_objective() -> Objective:
 def reference_logps(
     model, pairs: Sequence[TokenizedPair], cache=None, batch_size=64, bf16=False, progress=False
 ) -> Tensor:
-    """log pi_ref of chosen and rejected, float32 [pairs, 2] on the CPU: computed once, since pi_ref
-    never changes.
+    """log pi_ref of chosen and rejected, float32 [pairs, 2], computed once: pi_ref never changes.
 
-    With `cache` (a file's path) the result is kept with a fingerprint of weights and tokens, and is
-    used again only where both are the same.
+    With `cache` (a file's path) the result is kept with a fingerprint of weights and tokens, and
+    is used again only where both are the same.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -111,20 +105,15 @@ def reference_logps(
         with safe_open(cache, "pt") as stored:
             if stored.metadata().get("fingerprint") == mark:
                 return stored.get_tensor("logps")
-    rows = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-    order = sorted(
-        range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1])
-    )  # little padding
+    rows, index = different_rows(pairs)
+    by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
     logps = torch.empty(len(rows))
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for i in tqdm(range(0, len(rows), batch_size), desc="reference", disable=not progress):
-            chunk = order[i : i + batch_size]
-            logps[chunk] = (
-                sequence_logps(model, *collate([rows[j] for j in chunk]).to(model.device))
-                .float()
-                .cpu()
-            )
-    logps = logps.view(-1, 2)
+        for i in tqdm(range(0, len(rows), batch_size), "reference", disable=not progress):
+            chunk = by_length[i : i + batch_size]
+            batch = collate([rows[j] for j in chunk]).to(model.device)
+            logps[chunk] = sequence_logps(model, *batch).float().cpu()
+    logps = logps[index]
     if cache:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
         partial = Path(f"{cache}.{os.getpid()}")  # several processes may write, each whole
@@ -133,304 +122,149 @@ def reference_logps(
     return logps
 
 
-def fingerprint(model, pairs) -> str:
-    """A hash of the model's weights and of the pairs' tokens."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    digest.update(json.dumps([list(p.__dict__.values()) for p in pairs]).encode())
-    return digest.hexdigest()
-
-
 def train_preferences(
-    model,
-    pairs,
-    config,
-    *,
-    loss="dpo",
-    beta=0.1,
-    loss_options=None,
-    output=None,
-    resume=False,
-    **loop,
-):
-    """Train `model` on tokenized pairs against itself as it is now, which is the reference. Returns
-    the log.
+    model, pairs, config, *, loss="dpo", beta=0.1, loss_options=None, output=None, **loop
+) -> list[dict]:
+    """Train `model` on tokenized pairs; as it is now it is the reference. Returns the log.
 
     The reference's log-probabilities are taken before the first step, so that no second model is
-    kept in memory. On `resume` `model` must again be the reference: the weights of the policy come
-    from the checkpoint.
+    kept in memory. To resume, pass the reference again: the policy comes from the checkpoint.
+    `loss` is a name in LOSSES, `loss_options` its own arguments, `loop` as in `train`.
     """
-    if beta <= 0:
-        raise TrainingError(
-            f"beta must be above 0, got {beta}: it divides the reward into a policy, pi_ref exp(r / beta)."
-        )
+    if not beta > 0:
+        raise TrainingError(f"beta must be above 0, got {beta}: pi* is pi_ref exp(r / beta) / Z.")
     if not pairs:
         raise TrainingError("there are no pairs to train on.")
+    options = loss_options or {}
     cache = Path(output) / "reference_logps.safetensors" if output else None
-    reference = reference_logps(
-        model, pairs, cache, bf16=config.bf16, progress=loop.get("progress", False)
-    )
-    objective = preference_objective(
-        lambda logps: LOSSES[loss](logps, beta, **(loss_options or {})), beta
-    )
-    identity = {
-        "loss": loss,
-        "beta": beta,
-        **(loss_options or {}),
-        "data": fingerprint(model, pairs),
-    }
-    return train(
-        model,
-        list(zip(pairs, reference.tolist())),
-        objective,
-        config,
-        identity,
-        output,
-        resume,
-        **loop,
-    )
+    progress = loop.get("progress", False)
+    reference = reference_logps(model, pairs, cache, bf16=config.bf16, progress=progress)
+    objective = preference_objective(lambda logps: LOSSES[loss](logps, beta, **options), beta)
+    identity = {"loss": loss, "beta": beta, **options, "data": fingerprint(model, pairs)}
+    items = list(zip(pairs, reference.tolist()))
+    return train(model, items, objective, config, identity=identity, output=output, **loop)
 
 
 def train(
-    model,
-    items,
-    objective,
-    config,
-    identity=None,
-    output=None,
-    resume=False,
-    monitor=None,
-    progress=False,
-):
-    """Minimise the objective; the model is changed in place. Returns the log, a dictionary per
-    step.
+    model, items, objective, config, *,
+    identity=None, output=None, resume=False, monitor=None, progress=False,
+) -> list[dict]:  # fmt: skip
+    """Minimise the objective, changing the model in place. Returns the log, a row per step.
 
-    `output`: a folder for checkpoints; `resume`: continue from the one there, to the same weights
-    bit for bit. `monitor(model) -> dict` is called before the first step, every
-    `config.monitor_every` steps and after the last; its numbers join the log. `identity` says what
-    run this is, so that another run's checkpoint is refused.
+    `output`: a folder for checkpoints; `resume`: go on from the one there, to the same weights bit
+    for bit. `monitor(model) -> dict` is called before the first step, every `monitor_every` steps
+    and after the last; its numbers join the log. `identity` says what run this is, so that another
+    run's checkpoint is refused.
     """
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    world, rank, main = (
-        accelerator.num_processes,
-        accelerator.process_index,
-        accelerator.is_main_process,
-    )
-    micro = config.micro_batch_size or config.batch_size
-    if config.batch_size % world:
+    main, processes = accelerator.is_main_process, accelerator.num_processes
+    if config.batch_size % processes:
         raise TrainingError(
-            f"a batch of {config.batch_size} cannot be shared equally by {world} processes."
+            f"{processes} processes cannot share {config.batch_size} items equally."
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     identity = {**asdict(config), **(identity or {}), "items": len(items)}
     checkpoint = Path(output) / "checkpoint.safetensors" if output else None
     log = load_checkpoint(checkpoint, parameters, optimizer, identity) if resume else []
-    wrapped = accelerator.prepare_model(model)
-
-    def save():
-        if checkpoint and main:
-            save_checkpoint(checkpoint, parameters, optimizer, identity, log)
+    policy = accelerator.prepare_model(model)
 
     def watch():
         values = monitor(model) if monitor and main else {}
         accelerator.wait_for_everyone()
         return values
 
+    def save():
+        if checkpoint and main:
+            save_checkpoint(checkpoint, parameters, optimizer, identity, log)
+
     if not log:
         log.append({"step": 0, **watch()})
         save()
-    bar = tqdm(
-        range(log[-1]["step"], config.steps),
-        initial=log[-1]["step"],
-        total=config.steps,
-        desc="train",
-        disable=not (progress and main),
-    )
-    with interruption() as interrupted:
-        for step in bar:
-            batch = [
-                items[i] for i in batch_indices(len(items), config.batch_size, config.seed, step)
-            ]
-            total, mine = sum(map(objective.terms, batch)), batch[rank::world]
-            sums: dict[str, Tensor] = {}
-            for i in range(0, len(mine), micro):
-                last = i + micro >= len(mine)
-                with nullcontext() if last else accelerator.no_sync(wrapped):
-                    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
-                        loss, metrics = objective.losses(wrapped, mine[i : i + micro])
-                    # Processes average their gradients, hence times world; then every term weighs 1
-                    # / total.
-                    accelerator.backward(loss * world / total)
-                parts = {"loss": loss.detach() / total} | {
-                    k: v.sum() / len(batch) for k, v in metrics.items()
-                }
-                sums = {k: sums.get(k, 0) + v for k, v in parts.items()}
+    first = log[-1]["step"]
+    bar = tqdm(total=config.steps, initial=first, desc="train", disable=not (progress and main))
+    with bar, interruption() as interrupted:
+        for step in range(first + 1, config.steps + 1):
+            order = batch_indices(len(items), step - 1, config)
+            sums = accumulate(accelerator, policy, [items[i] for i in order], objective, config)
             sums["stop"] = torch.tensor(float(interrupted.is_set()), device=model.device)
-            means = {k: v.item() for k, v in accelerator.reduce(sums, "sum").items()}
+            row = {k: v.item() for k, v in accelerator.reduce(sums, "sum").items()}
+            stop, last = row.pop("stop") > 0, step == config.steps
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
-            if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+            rate = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
+            if not math.isfinite(row["loss"] + norm + rate):
                 kept = (
-                    f" The checkpoint of step {saved_step(checkpoint)} is kept."
-                    if checkpoint
-                    else ""
+                    f" The checkpoint of step {saved_step(checkpoint)} is kept." if output else ""
                 )
                 raise TrainingError(
-                    f"step {step + 1}: the loss is {means['loss']:g} and its gradient's norm {norm:g}.{kept} "
-                    "Try a learning rate ten times smaller, a longer warm-up, or bf16 off."
+                    f"step {step}: the loss is {row['loss']:g}, its gradient's norm {norm:g} at "
+                    f"learning rate {rate:g}.{kept} Try a learning rate ten times smaller, a "
+                    "longer warm-up, or --no-bf16."
                 )
-            rate = learning_rate(step, config)
-            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            stop = means.pop("stop") > 0
-            log.append({"step": step + 1, **means, "grad_norm": norm, "learning_rate": rate})
-            done = step + 1 == config.steps
-            if done or (step + 1) % config.monitor_every == 0:
+            log.append({"step": step, **row, "grad_norm": norm, "learning_rate": rate})
+            if last or step % config.monitor_every == 0:
                 log[-1] |= watch()
-            if done or stop or (step + 1) % config.checkpoint_every == 0:
+            if last or stop or step % config.checkpoint_every == 0:
                 save()
-            bar.set_postfix(
-                {
-                    k.split("/")[-1]: f"{means[k]:.3f}"
-                    for k in ("loss", "rewards/accuracies")
-                    if k in means
-                }
-            )
-            if stop and not done:
-                where = (
-                    f" The checkpoint is in {output}; the same command with --resume goes on from there."
-                    if output
-                    else ""
-                )
-                raise TrainingInterrupted(
-                    f"Stopped after step {step + 1} of {config.steps}.{where}"
-                )
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            if stop and not last:
+                go_on = f" {output} holds it: --resume goes on from there." if output else ""
+                raise TrainingInterrupted(f"Stopped after step {step} of {config.steps}.{go_on}")
     return log
 
 
-def batch_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The items of a step: an endless stream of permutations of 0..n-1, one per epoch, cut into
-    batches.
+def accumulate(accelerator, policy, batch, objective, config) -> dict[str, Tensor]:
+    """Add a batch's gradient to the parameters, micro-batch by micro-batch.
 
-    A function of its arguments alone, so that a resumed run sees what an undisturbed one would have
-    seen.
+    Each loss term weighs 1 / (terms of the whole batch), so that neither micro-batches nor
+    processes change the result. Returns this process's share of the batch's mean metrics.
     """
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
+    processes = accelerator.num_processes
+    total = sum(objective.terms(item) for item in batch)
+    mine = batch[accelerator.process_index :: processes]
+    size = config.micro_batch_size or len(mine)
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(mine), size):
+        last = start + size >= len(mine)
+        with nullcontext() if last else accelerator.no_sync(policy):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
+                loss, metrics = objective.losses(policy, mine[start : start + size])
+            accelerator.backward(loss * processes / total)  # processes average their gradients
+        means = {"loss": loss.detach() / total}
+        means |= {name: values.sum() / len(batch) for name, values in metrics.items()}
+        sums = {name: sums.get(name, 0) + value for name, value in means.items()}
+    return sums
+
+
+def batch_indices(n: int, step: int, config: TrainingConfig) -> list[int]:
+    """The items of step 0, 1, ...: an endless stream of permutations of 0..n-1, cut into batches.
+
+    A function of its arguments alone: a resumed run sees what an undisturbed one would have seen.
+    """
+    indices, size = [], config.block_size
+    for position in range(step * config.batch_size, (step + 1) * config.batch_size):
         epoch, offset = divmod(position, n)
         if not indices or offset == 0:
-            order = torch.randperm(
-                n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)
-            ).tolist()
+            generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+            blocks = torch.randperm(-(-n // size), generator=generator).tolist()
+            order = [i for b in blocks for i in range(b * size, min(n, (b + 1) * size))]
         indices.append(order[offset])
     return indices
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant, or falling to 0 linearly or as a
-    cosine.
-    """
+    """The rate of step 0, 1, ...: linear warm-up, then constant, or to 0 linearly or by cosine."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     fraction = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    shapes = {
-        "constant": 1.0,
-        "linear": 1 - fraction,
-        "cosine": (1 + math.cos(math.pi * fraction)) / 2,
-    }
-    return config.learning_rate * shapes[config.schedule]
-
-
-@contextmanager
-def interruption():
-    """An event that Ctrl-C sets, so that a step is never cut in half; a second Ctrl-C interrupts at
-    once.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handler(*_):
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def save_checkpoint(path: Path, parameters, optimizer, identity, log) -> None:
-    """Everything that the next step depends on, in one file that is replaced as a whole: never half
-    written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in state.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            tensors, partial, metadata={"identity": json.dumps(identity), "log": json.dumps(log)}
-        )
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise TrainingError(
-            f"the checkpoint of step {log[-1]['step']} could not be written ({error}); that of step "
-            f"{saved_step(path)} is whole. Free some space, then go on with --resume."
-        ) from error
-
-
-def load_checkpoint(path: Path, parameters, optimizer, identity) -> list[dict]:
-    """Put a checkpoint's tensors into parameters and optimizer; returns its log, [] where there is
-    none yet.
-    """
-    from safetensors import safe_open
-
-    if not path.exists():
-        return []
-    with safe_open(path, "pt") as stored:
-        then = json.loads(stored.metadata()["identity"])
-        changed = [
-            f"{k} was {then.get(k)}, is {v}" for k, v in identity.items() if then.get(k) != v
-        ]
-        if changed:
-            raise TrainingError(
-                f"{path} belongs to another run: {'; '.join(changed)}. Start afresh in another folder."
-            )
-        state: dict[int, dict[str, Tensor]] = {}
-        for key in stored.keys():
-            kind, rest = key.split(".", 1)
-            if kind == "model":
-                parameters[rest].data.copy_(stored.get_tensor(key))
-            else:
-                i, name = rest.split(".")
-                state.setdefault(int(i), {})[name] = stored.get_tensor(key)
-        optimizer.load_state_dict(
-            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-        return json.loads(stored.metadata()["log"])
-
-
-def saved_step(path: Path) -> int | None:
-    """The step of a checkpoint; None where there is none."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as stored:
-        return json.loads(stored.metadata()["log"])[-1]["step"]
+    cosine = (1 + math.cos(math.pi * fraction)) / 2
+    shape = {"constant": 1.0, "linear": 1 - fraction, "cosine": cosine}[config.schedule]
+    return config.learning_rate * shape

@@ -24,16 +24,18 @@ needs_imdb = pytest.mark.skipif(
 
 def make_gpt2(vocabulary=97, width=32, layers=2, context=64):
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=4, initializer_range=0.2,
+        vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=4,
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        initializer_range=0.2,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
 def make_llama():
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

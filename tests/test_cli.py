@@ -1,6 +1,4 @@
-"""The command line as a newcomer meets it: one clear sentence for each mistake, nothing lost,
-nothing waited for.
-"""
+"""The command line as a newcomer meets it: a sentence for each mistake, nothing lost."""
 
 import json
 import shutil
@@ -10,7 +8,8 @@ import time
 import pytest
 
 from dpo_mini.cli import main
-from dpo_mini.models import ModelError, hub_is_reachable, load_model
+from dpo_mini.hub import HubError, hub_is_reachable
+from dpo_mini.models import load_model
 
 ROW = {"prompt": "This movie", "chosen": " was great.", "rejected": " was dull."}
 
@@ -214,7 +213,7 @@ def test_remote_code_is_never_run(tiny_folder, tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelError):
+    with pytest.raises(HubError):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -234,7 +233,7 @@ def test_nan_is_told(tiny_folder, pairs, tmp_path, capsys):
         "--output",
         tmp_path / "o",
         "--learning-rate",
-        "nan",
+        "1e30",
     )
     fails(capsys, status, "learning rate ten times smaller", "is kept")
 

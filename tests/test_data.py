@@ -44,7 +44,7 @@ def test_malformed_jsonl_is_told_with_its_line(tmp_path, content, words):
     "change, words",
     [
         ({"chosen": None}, ["'chosen' is missing", "line 2"]),
-        ({"rejected": ""}, ["rejected completion is empty"]),
+        ({"rejected": ""}, ["rejected is empty"]),
         ({"rejected": " was great."}, ["chosen equals rejected"]),
         ({"chosen": [{"role": "assistant", "content": "x"}]}, ["three texts or three lists"]),
         ({"prompt": 3, "chosen": 4, "rejected": 5}, ["three texts"]),

@@ -1,6 +1,4 @@
-"""What the embedded reward, judge and model are worth, measured on IMDb's test split where it is at
-hand.
-"""
+"""What the embedded reward, judge and model are worth on IMDb's test split, where at hand."""
 
 import pytest
 import torch

@@ -106,8 +106,8 @@ def softmax_in_bfloat16(model, ids, mask, completion):
     return (logps.gather(2, ids[:, 1:, None]).squeeze(2) * completion[:, 1:]).float().sum(1)
 
 
-TRAPS = [mean_for_sum, prompt_counted, mask_not_shifted, logits_not_shifted, no_position_ids, eos_dropped,
-         padding_counted, softmax_in_bfloat16]  # fmt: skip
+TRAPS = [mean_for_sum, prompt_counted, mask_not_shifted, logits_not_shifted, no_position_ids,
+         eos_dropped, padding_counted, softmax_in_bfloat16]  # fmt: skip
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda f: f.__name__)

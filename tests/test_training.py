@@ -19,12 +19,14 @@ import torch
 from conftest import make_gpt2, random_pairs
 
 from dpo_mini import training
+from dpo_mini.data import TokenizedPair
 from dpo_mini.models import without_dropout
 from dpo_mini.training import (
     TrainingConfig,
     TrainingError,
     TrainingInterrupted,
     batch_indices,
+    different_rows,
     learning_rate,
     reference_logps,
     sft_objective,
@@ -117,11 +119,25 @@ def test_means_of_micro_batch_means_would_be_another_loss():
 
 
 def test_a_batch_is_a_function_of_its_step_and_an_epoch_sees_every_item_once():
-    epoch = [i for step in range(5) for i in batch_indices(20, 4, 0, step)]
+    four, eight = TrainingConfig(batch_size=4), TrainingConfig(batch_size=8)
+    epoch = [i for step in range(5) for i in batch_indices(20, step, four)]
     assert sorted(epoch) == list(range(20))
-    assert batch_indices(20, 8, 0, 2)[:4] == epoch[16:20]  # batches may span epochs
-    assert batch_indices(20, 4, 0, 3) != batch_indices(20, 4, 1, 3)
-    assert sorted(batch_indices(3, 9, 0, 0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert batch_indices(20, 2, eight)[:4] == epoch[16:20]  # batches may span epochs
+    assert batch_indices(20, 3, four) != batch_indices(20, 3, TrainingConfig(batch_size=4, seed=1))
+    assert sorted(batch_indices(3, 0, TrainingConfig(batch_size=9))) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    blocks = TrainingConfig(batch_size=6, block_size=6)
+    epoch = [i for step in range(3) for i in batch_indices(17, step, blocks)][:17]
+    assert sorted(epoch) == list(range(17)) and {5, 11} & set(batch_indices(17, 0, blocks))
+
+
+def test_a_completion_in_several_pairs_is_read_once_and_nothing_changes():
+    a, b, c = [5, 0], [6, 7, 0], [8]
+    pairs = [TokenizedPair([0, 1], *p) for p in ((a, b), (a, c), (c, b))]
+    rows, index = different_rows(pairs)
+    assert len(rows) == 3 and [rows[i][1] for i in index[2]] == [c, b]
+    together = reference_logps(fresh(), pairs)
+    apart = torch.cat([reference_logps(fresh(), [p]) for p in pairs])
+    assert torch.allclose(together, apart, atol=1e-5)
 
 
 def test_learning_rate_schedules():
@@ -193,9 +209,9 @@ torch.manual_seed(0)
 model = make_gpt2()
 slow = float(sys.argv[2])
 config = TrainingConfig(steps=30, batch_size=8, learning_rate=1e-3, warmup_steps=2,
-checkpoint_every=1, monitor_every=1) train_preferences(model, random_pairs(16), config,
-output=sys.argv[1], resume="--resume" in sys.argv,
-                  monitor=lambda m: time.sleep(slow) or {{}})
+                        checkpoint_every=1, monitor_every=1)
+train_preferences(model, random_pairs(16), config, output=sys.argv[1],
+                  resume="--resume" in sys.argv, monitor=lambda m: time.sleep(slow) or {{}})
 torch.save([p.detach() for p in model.parameters()], sys.argv[1] + "/final.pt")
 """
 
@@ -322,17 +338,18 @@ def test_lora_trains_adapters_alone_and_the_base_is_the_reference():
 
 
 PROCESSES = """
-import sys, json, torch
+import os, sys, torch
 sys.path.insert(0, {tests!r})
 from conftest import make_gpt2, random_pairs
 from dpo_mini.training import TrainingConfig, train_preferences
 torch.manual_seed(0)
 model = make_gpt2().double()
 config = TrainingConfig(steps=5, batch_size=8, micro_batch_size=2, learning_rate=1e-3,
-warmup_steps=1) log = train_preferences(model, random_pairs(20), config, beta=0.5) import os if
-os.environ.get("RANK", "0") == "0":
+                        warmup_steps=1)
+log = train_preferences(model, random_pairs(20), config, beta=0.5)
+if os.environ.get("RANK", "0") == "0":
     torch.save(([p.detach() for p in model.parameters()], [r["loss"] for r in log[1:]],
-    [r["rewards/margins"] for r in log[1:]]), sys.argv[1])
+                [r["rewards/margins"] for r in log[1:]]), sys.argv[1])
 """
 
 
@@ -342,8 +359,9 @@ def test_two_processes_equal_one(tmp_path):
     script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, env=environment)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", script, tmp_path / "two.pt"]  # fmt: skip
+    launch = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2"
+    launch += " --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = [*launch.split(), script, tmp_path / "two.pt"]
     subprocess.run(launch, check=True, env=environment, capture_output=True)
     (one, *one_log), (two, *two_log) = (
         torch.load(tmp_path / "one.pt"),

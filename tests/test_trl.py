@@ -59,8 +59,9 @@ def test_dpo_equals_trl_step_by_step(tiny_folder, tmp_path):
 
     model, tokenizer = load_model(tiny_folder)
     arguments = trl.DPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=1e-3, beta=BETA,
-        lr_scheduler_type="constant", optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
+        output_dir=str(tmp_path), per_device_train_batch_size=BATCH, max_steps=STEPS, beta=BETA,
+        learning_rate=1e-3, lr_scheduler_type="constant", optim="adamw_torch_fused",
+        weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
         report_to=[], save_strategy="no", bf16=False, use_cpu=True, gradient_checkpointing=False,
         precompute_ref_log_probs=True, max_length=None, disable_tqdm=True,
     )  # fmt: skip

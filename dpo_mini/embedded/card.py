@@ -1,6 +1,4 @@
-"""The embedded model's card: what it was made from, what it is worth, and whether it recites what
-it read.
-"""
+"""The embedded model's card: what made it, what it is worth, and whether it recites."""
 
 from dpo_mini.sampling import sample_completions
 
@@ -14,23 +12,21 @@ tags: [gpt2, imdb, dpo_mini]
 
 # A small GPT-2 that writes the openings of movie reviews
 
-The embedded default of dpo_mini: {parameters:,} parameters ({layers} layers, width {width}, {heads}
-heads, context {context}, tied embeddings), a byte-level BPE of {vocabulary:,} tokens, float16
-safetensors, `GPT2LMHeadModel`.
+The embedded default of dpo_mini: {parameters:,} parameters ({layers} layers, width {width},
+{heads} heads, context {context}, tied embeddings), a byte-level BPE of {vocabulary:,} tokens,
+float16 safetensors, `GPT2LMHeadModel`.
 
-- **Data**: the Large Movie Review Dataset (Maas et al., ACL 2011), train and unsupervised splits,
-{reviews:,} reviews,
-  {corpus_tokens:,} tokens; `<br />` replaced by a space; each review between two `<|endoftext|>`.
-- **Command**: `dpo-mini pretrain --dataset stanfordnlp/imdb --steps {steps}` (or a folder of the
-same parquet files).
+- **Data**: the Large Movie Review Dataset (Maas et al., ACL 2011), train and unsupervised splits:
+  {reviews:,} reviews, {corpus_tokens:,} tokens; `<br />` replaced by a space, each review between
+  two `<|endoftext|>`.
+- **Command**: `dpo-mini pretrain --dataset stanfordnlp/imdb --steps {steps}`, or a folder with the
+  same parquet files.
 - **Training**: {tokens_seen:,} tokens seen in windows of {context}: random ones at a constant rate,
-then the opening of
-  every review once while the rate falls to 0; Muon for matrices, AdamW for the rest, float32.
+  then each review's opening while the rate falls to 0; Muon for matrices, AdamW for the rest.
 - **Quality**: **{bits_per_byte:.4f} bits per byte** on the first 127 tokens of every 50th review of
-the test split.
-- **Memorisation**: the longest run of words that {samples} samples share with a review it was
-trained on is
-  {longest} words: "{shared}".
+  the test split.
+- **Memorisation**: the longest run of words that {samples:,} samples share with a review it was
+  trained on is {longest} words: "{shared}".
 
 ## Samples (temperature 1, no truncation)
 
@@ -38,7 +34,7 @@ trained on is
 
 ## Limits
 
-It knows nothing but IMDb up to 2011, has a tenth of GPT-2's layers and a thousandth of its reading,
+It knows nothing but IMDb up to 2011, has a third of GPT-2's layers and a thousandth of its reading,
 and drifts off topic within a sentence or two. It was made to write about 50 tokens after a short
 beginning, for teaching, and for nothing else. It has the opinions, slurs and spoilers of its data.
 
@@ -47,14 +43,12 @@ beginning, for teaching, and for nothing else. It has the opinions, slurs and sp
 Weights: Apache-2.0. No review is part of this repository. Cite the data:
 
 > Andrew L. Maas, Raymond E. Daly, Peter T. Pham, Dan Huang, Andrew Y. Ng, and Christopher Potts.
-2011. Learning Word > Vectors for Sentiment Analysis. ACL 2011.
+> 2011. Learning Word Vectors for Sentiment Analysis. ACL 2011.
 """
 
 
 def longest_shared_run(samples, texts, least: int = 5) -> str:
-    """The longest run of words that occurs in a sample and in a text; "" where none has `least`
-    words.
-    """
+    """The longest run of words, of `least` or more, in both a sample and a text; "" for none."""
     places: dict[tuple, list] = {}
     split = [sample.split() for sample in samples]
     for words in split:
@@ -74,16 +68,15 @@ def longest_shared_run(samples, texts, least: int = 5) -> str:
 
 
 def embedded_card(model, tokenizer, texts, report: dict, samples: int = 1000) -> str:
-    """The card of a pretrained model; `report` as `pretrain` returns it, `texts` what it was
-    trained on.
-    """
+    """The card of a pretrained model; `report` is `pretrain`'s, `texts` what it was trained on."""
     drawn = [
         c.text for (c,) in sample_completions(model, tokenizer, [""] * samples, 1, 60, seed=11)
     ]
     shared = longest_shared_run(drawn, texts)
     config = model.config
     return CARD.format(
-        **report, layers=config.n_layer, width=config.n_embd, heads=config.n_head, context=config.n_positions,
-        vocabulary=config.vocab_size, reviews=len(texts), samples=samples, longest=len(shared.split()), shared=shared,
+        **report, layers=config.n_layer, width=config.n_embd, heads=config.n_head,
+        context=config.n_positions, vocabulary=config.vocab_size, reviews=len(texts),
+        samples=samples, longest=len(shared.split()), shared=shared,
         examples="\n".join(f"- {' '.join(text.split())}" for text in drawn[:6]),
     )  # fmt: skip

@@ -21,8 +21,7 @@ def snippet(text: str, words: int, generator: random.Random) -> str:
 def fit_reward(
     texts, labels, *, model_folder=None, steps=1500, batch_size=64, learning_rate=1e-3, seed=0
 ):
-    """A `SentimentReward` fitted on random snippets of 15 to 90 words, then calibrated on reviews
-    left out of the fit.
+    """A `SentimentReward` fitted on random snippets of 25 to 90 words, then calibrated.
 
     `texts`, `labels` (1 positive, 0 negative): every tenth is kept for calibration.
     """
@@ -58,15 +57,14 @@ def fit_reward(
 
 
 def best_temperature(logits, targets) -> float:
-    """The temperature T under which sigmoid(logits / T) has the least log loss (Guo et al. 2017)."""
+    """The temperature T under which sigmoid(logits / T) has the least log loss (Guo 2017)."""
     grid = torch.logspace(-0.7, 0.7, 200)
     losses = [F.binary_cross_entropy_with_logits(logits / t, targets).item() for t in grid]
     return grid[losses.index(min(losses))].item()
 
 
 def fit_judge(texts, labels, *, features=12000, steps=400, seed=0):
-    """A `WordJudge` by logistic regression on the `features` words and pairs of words most tied to
-    the label.
+    """A `WordJudge`: logistic regression on the words and pairs of words most tied to the label.
 
     Fitted on each review as a whole and on four snippets of 40 words.
     """
@@ -80,9 +78,7 @@ def fit_judge(texts, labels, *, features=12000, steps=400, seed=0):
             counts.setdefault(gram, [0, 0])[label] += 1
     reviews = max(1, len(texts))
 
-    def weight_of_evidence(
-        gram,
-    ):  # how far a gram's reviews are from half and half, in standard errors
+    def weight_of_evidence(gram):  # distance from half and half, in standard errors
         negative, positive = counts[gram]
         return abs(positive - negative) / (negative + positive) ** 0.5
 
@@ -123,9 +119,7 @@ def fit_judge(texts, labels, *, features=12000, steps=400, seed=0):
 
 
 def calibration_error(logits, targets, bins=15) -> float:
-    """Expected calibration error of sigmoid(logits) against 0/1 targets, in equal-width bins (Guo
-    et al. 2017).
-    """
+    """Expected calibration error of sigmoid(logits), in equal-width bins (Guo et al. 2017)."""
     p = logits.sigmoid()
     which = (p * bins).long().clamp(max=bins - 1)
     gaps = [
@@ -137,9 +131,7 @@ def calibration_error(logits, targets, bins=15) -> float:
 
 
 def judge_quality(judge, texts, labels, seed=1) -> dict:
-    """Accuracy on whole reviews and on one random 40-word snippet of each, and the calibration
-    error on the latter.
-    """
+    """Accuracy on whole reviews and on a random 40-word snippet of each, with the latter's ECE."""
     generator = random.Random(seed)
     targets = torch.tensor([float(label) for label in labels])
     whole, short = judge(texts), judge([snippet(text, 40, generator) for text in texts])

@@ -237,9 +237,8 @@ def pretrain(
             }
             torch.save(saved, output / "checkpoint.tmp")
             os.replace(output / "checkpoint.tmp", checkpoint)
-            bar.write(
-                f"step {step + 1}: {bits_per_byte(model, tokenizer, held_out):.4f} bits per byte, held out"
-            )
+            quality = bits_per_byte(model, tokenizer, held_out)
+            bar.write(f"step {step + 1}: {quality:.4f} bits per byte, held out")
 
     report = {
         "steps": steps,

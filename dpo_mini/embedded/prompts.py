@@ -1,6 +1,4 @@
-"""How the embedded prompts were made: beginnings of 2-8 tokens that the embedded model itself
-wrote.
-"""
+"""How the embedded prompts were made: beginnings of 2-8 tokens that the model itself wrote."""
 
 import json
 import random
@@ -13,9 +11,7 @@ from dpo_mini.sampling import sample_completions
 def sample_prompts(
     model, tokenizer, training: int = 2000, held_out: int = 400, seed: int = 0
 ) -> dict[str, list[str]]:
-    """Different prompts that end where a word ends and whose text gives back the same tokens when
-    read again.
-    """
+    """Different prompts that end with a word and whose text gives back the same tokens."""
     generator = random.Random(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < training + held_out:

@@ -1,0 +1,319 @@
+"""The identities behind the course, each in a world where all sequences are listed, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_gpt2
+
+from dpo_mini import exact
+from dpo_mini.data import collate
+from dpo_mini.logprobs import sequence_logps
+from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss, implicit_rewards
+
+BETA = 0.7
+RESPONSES = exact.completions(3, 3)
+COUNT = len(RESPONSES)
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def reference():
+    return normal(COUNT).log_softmax(-1)
+
+
+@pytest.fixture
+def rewards():
+    return normal(COUNT, seed=1)
+
+
+@pytest.fixture
+def optimum(reference, rewards):
+    return exact.optimal_policy(reference, rewards, BETA)
+
+
+def dpo(logps):
+    return dpo_loss(logps, BETA)
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    return make_gpt2(vocabulary=3, width=8, layers=1, context=8).double()
+
+
+def model_logps(model):
+    return sequence_logps(model, *collate([([0], list(y)) for y in RESPONSES]))
+
+
+def gradient(value, parameters):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+
+
+def test_completions_are_all_there_once():
+    assert len(set(RESPONSES)) == COUNT == 1 + 2 + 4 + 8
+    assert all(0 not in y[:-1] for y in RESPONSES)
+    for logps in (
+        model_logps(tiny_gpt2()),
+        exact.table_logps(normal(len(exact.prefixes(RESPONSES)), 3), RESPONSES),
+    ):
+        assert abs(logps.exp().sum().item() - 1) < 1e-12
+
+
+def test_a_table_obeys_the_chain_rule():
+    logits = normal(len(exact.prefixes(RESPONSES)), 3)
+    logps = exact.table_logps(logits, RESPONSES)
+    row = {p: logits[i].log_softmax(-1) for i, p in enumerate(exact.prefixes(RESPONSES))}
+    for y, logp in zip(RESPONSES, logps):
+        assert logp.item() == pytest.approx(
+            sum(row[y[:t]][y[t]].item() for t in range(len(y))), abs=1e-13
+        )
+
+
+def test_01_the_minimiser_of_dpo_is_the_closed_form_by_newton(reference, rewards, optimum):
+    chances = exact.preferences(rewards)
+
+    def loss(logits):
+        return exact.population_loss(dpo, logits.log_softmax(-1), reference, chances)
+
+    logits = reference.clone()
+    for _ in range(40):
+        slope = torch.autograd.functional.jacobian(loss, logits)
+        curvature = torch.autograd.functional.hessian(loss, logits)
+        # The loss is blind to a constant in all logits: pinv leaves that direction alone.
+        logits = logits - torch.linalg.pinv(curvature, rtol=1e-10) @ slope
+    assert (logits.log_softmax(-1) - optimum).abs().max() < 1e-12
+
+
+def test_01_the_minimiser_of_dpo_is_the_closed_form_for_a_table(reference, rewards, optimum):
+    logits = torch.zeros(len(exact.prefixes(RESPONSES)), 3, dtype=torch.float64, requires_grad=True)
+    chances = exact.preferences(rewards)
+    exact.minimise(
+        lambda: exact.population_loss(
+            dpo, exact.table_logps(logits, RESPONSES), reference, chances
+        ),
+        [logits],
+    )
+    assert exact.total_variation(exact.table_logps(logits, RESPONSES), optimum) < 1e-6
+
+
+def test_02_03_the_objective_at_its_optimum_and_the_regret(reference, rewards, optimum):
+    log_z = exact.log_partition(reference, rewards, BETA)
+    best = exact.objective(optimum, reference, rewards, BETA)
+    assert abs(best - BETA * log_z) < 1e-12
+    for seed in range(2, 12):
+        policy = normal(COUNT, seed=seed).log_softmax(-1)
+        regret = best - exact.objective(policy, reference, rewards, BETA)
+        assert abs(regret - BETA * exact.kl(policy, optimum)) < 1e-12
+    assert (rewards - BETA * (optimum - reference) - BETA * log_z).abs().max() < 1e-12
+
+
+def test_04_an_implicit_reward_has_a_partition_function_of_one(reference):
+    policy = normal(COUNT, seed=5).log_softmax(-1)
+    implicit, _ = implicit_rewards(PairLogps(policy, policy, reference, reference), BETA)
+    assert abs(exact.log_partition(reference, implicit, BETA)) < 1e-12
+    assert (exact.optimal_policy(reference, implicit, BETA) - policy).abs().max() < 1e-12
+
+
+def test_05_a_reward_plus_a_constant_is_the_same_reward(reference, rewards, optimum):
+    shifted = rewards + 3.7
+    assert (exact.optimal_policy(reference, shifted, BETA) - optimum).abs().max() < 1e-12
+    assert (exact.preferences(shifted) - exact.preferences(rewards)).abs().max() < 1e-12
+
+
+def test_06_at_the_start_the_loss_is_log_2_and_its_slope_minus_half_beta():
+    margin = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    loss = dpo(PairLogps(margin, zero, zero, zero)).sum()
+    assert abs(loss.item() - math.log(2)) < 1e-15
+    assert abs(torch.autograd.grad(loss, margin)[0].item() + BETA / 2) < 1e-15
+
+
+def test_07_the_gradient_is_the_papers():
+    model, reference = tiny_gpt2(1), model_logps(tiny_gpt2(2)).detach()
+    parameters = list(model.parameters())
+    w, l = 4, 9
+    logps = model_logps(model)
+    loss = dpo(PairLogps(logps[[w]], logps[[l]], reference[[w]], reference[[l]])).sum()
+    from_autograd = gradient(loss, parameters)
+    logps = model_logps(model)
+    reward_w, reward_l = BETA * (logps - reference).detach()[[w, l]]
+    by_hand = -BETA * torch.sigmoid(reward_l - reward_w) * gradient(logps[w] - logps[l], parameters)
+    assert (from_autograd - by_hand).abs().max() < 1e-12
+
+
+def test_08_the_policy_gradient_and_where_it_leads(reference, rewards, optimum):
+    logits = torch.zeros(len(exact.prefixes(RESPONSES)), 3, dtype=torch.float64, requires_grad=True)
+    logps = exact.table_logps(logits, RESPONSES)
+    direct = gradient(exact.objective(logps, reference, rewards, BETA), [logits])
+    logps = exact.table_logps(logits, RESPONSES)
+    advantage = (rewards - BETA * (logps - reference)).detach()
+    by_score = gradient((logps.detach().exp() * advantage * logps).sum(), [logits])
+    assert (direct - by_score).abs().max() < 1e-12
+    exact.minimise(
+        lambda: -exact.objective(exact.table_logps(logits, RESPONSES), reference, rewards, BETA),
+        [logits],
+    )
+    assert exact.total_variation(exact.table_logps(logits, RESPONSES), optimum) < 1e-5
+
+
+def ipo(logps, tau):
+    """(margin of log-ratios - 1 / (2 tau))^2, Azar et al. 2023 (arXiv 2310.12036), equation 17."""
+    chosen, rejected = implicit_rewards(logps, 1.0)
+    return (chosen - rejected - 1 / (2 * tau)) ** 2
+
+
+def test_09_the_fixed_point_of_ipo(reference, rewards):
+    tau, chances = 0.4, exact.preferences(rewards)
+    behaviour = normal(COUNT, seed=3).log_softmax(-1)
+    weights = behaviour.exp()[:, None] * behaviour.exp()[None, :]
+    logits = torch.zeros(COUNT, dtype=torch.float64, requires_grad=True)
+    exact.minimise(
+        lambda: exact.population_loss(
+            lambda logps: ipo(logps, tau), logits.log_softmax(-1), reference, chances, weights
+        ),
+        [logits],
+    )
+    residual = logits.detach().log_softmax(-1) - reference - (chances @ behaviour.exp()) / tau
+    assert (residual - residual.mean()).abs().max() < 1e-6
+    margin = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    exact.minimise(lambda: ipo(PairLogps(margin, zero, zero, zero), tau).sum(), [margin])
+    assert abs(margin.item() - 1 / (2 * tau)) < 1e-9
+
+
+def test_10_the_frontier_and_its_slope(reference, rewards):
+    beta = torch.tensor(BETA, dtype=torch.float64, requires_grad=True)
+    policy = exact.optimal_policy(reference, rewards, beta)
+    reward, kl = exact.expectation(policy, rewards), exact.kl(policy, reference)
+    (reward_slope,) = torch.autograd.grad(reward, beta, retain_graph=True)
+    (kl_slope,) = torch.autograd.grad(kl, beta)
+    variance = exact.expectation(policy, rewards**2) - reward**2
+    assert abs(reward_slope + variance / BETA**2) < 1e-6
+    assert kl_slope < 0 and abs(reward_slope / kl_slope - BETA) < 1e-6
+    kls = [
+        exact.kl(exact.optimal_policy(reference, rewards, b), reference).item()
+        for b in (0.05, 0.1, 1.0, 5.0, 50.0)
+    ]
+    assert kls == sorted(kls, reverse=True) and kls[-1] < 1e-3
+
+
+def test_11_no_policy_beats_the_optimum_at_its_kl(reference, rewards, optimum):
+    reward, budget = exact.expectation(optimum, rewards), exact.kl(optimum, reference)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        scale = torch.rand((), generator=generator, dtype=torch.float64)
+        noise = torch.randn(COUNT, generator=generator, dtype=torch.float64)
+        policy = (optimum + scale * noise).log_softmax(-1)
+        if exact.kl(policy, reference) <= budget:
+            assert exact.expectation(policy, rewards) <= reward + 1e-12
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16])
+def test_12_best_of_n_stays_within_its_bound(reference, rewards, n):
+    best = exact.best_of_n(reference, rewards, n)
+    assert abs(best.exp().sum() - 1) < 1e-12
+    bound = math.log(n) - (n - 1) / n
+    if n == 1:
+        assert (best - reference).abs().max() < 1e-12
+    else:
+        assert exact.kl(best, reference) < bound
+
+
+def test_13_mass_may_move_to_what_no_pair_mentions(reference, rewards):
+    seen = torch.arange(COUNT) < 9
+    weights = (seen[:, None] & seen[None, :]).double()
+    chances = exact.preferences(rewards)
+    policy = normal(COUNT, seed=4).log_softmax(-1)
+    moved = torch.where(seen, policy - 3.0, policy)
+    rest = torch.log((1 - moved[seen].exp().sum()) / moved[~seen].exp().sum())
+    moved = torch.where(seen, moved, moved + rest)
+    assert abs(moved.exp().sum() - 1) < 1e-12 and moved[~seen].exp().sum() > 0.9
+    losses = [exact.population_loss(dpo, p, reference, chances, weights) for p in (policy, moved)]
+    assert abs(losses[0] - losses[1]) < 1e-12
+
+
+def test_14_flipped_labels_and_what_undoes_them(reference, rewards):
+    eps, chances = 0.2, exact.preferences(rewards)
+    flipped = (1 - eps) * chances + eps * chances.T
+    policy = normal(COUNT, seed=6).log_softmax(-1)
+
+    def smoothed(logps):
+        return cdpo_loss(logps, BETA, eps)
+
+    def robust(logps):
+        """rDPO, Chowdhury et al. 2024 (arXiv 2403.00409), equation 12."""
+        swapped = PairLogps(logps[1], logps[0], logps[3], logps[2])
+        return ((1 - eps) * dpo(logps) - eps * dpo(swapped)) / (1 - 2 * eps)
+
+    def value(loss, labels):
+        return exact.population_loss(loss, policy, reference, labels)
+
+    assert abs(value(smoothed, chances) - value(dpo, flipped)) < 1e-12
+    assert abs(value(robust, flipped) - value(dpo, chances)) < 1e-12
+    assert abs(value(dpo, flipped) - value(dpo, chances)) > 1e-3
+
+
+def test_15_one_certain_pair_has_no_minimum_until_its_label_is_doubted():
+    zero = torch.zeros(1, dtype=torch.float64)
+    for beta in (0.01, 0.1, 1.0):
+        margins = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64) / beta
+        losses = -F.logsigmoid(beta * margins)
+        assert (losses.diff() < 0).all() and losses[-1] < 1e-40
+        margin = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        exact.minimise(
+            lambda: cdpo_loss(PairLogps(margin, zero, zero, zero), beta, 0.1).sum(),  # noqa: B023
+            [margin],
+        )
+        assert abs(beta * margin.item() - math.log(0.9 / 0.1)) < 1e-9
+
+
+def test_16_the_sequence_kl_is_the_sum_over_prefixes():
+    starts = exact.prefixes(RESPONSES)
+    p, q = normal(len(starts), 3), normal(len(starts), 3, seed=1)
+    logps, other = exact.table_logps(p, RESPONSES), exact.table_logps(q, RESPONSES)
+    by_prefix = 0.0
+    for i, start in enumerate(starts):
+        reach = sum(
+            logps[k].exp() for k, y in enumerate(RESPONSES) if y[: len(start)] == start
+        )  # all that pass through this prefix
+        by_prefix += reach * exact.kl(p[i].log_softmax(-1), q[i].log_softmax(-1))
+    assert abs(exact.kl(logps, other) - by_prefix) < 1e-12
+
+
+def test_a_tiny_gpt2_reaches_the_optimum(rewards):
+    model = tiny_gpt2(0)
+    with torch.no_grad():
+        reference = model_logps(model)
+    rewards = rewards / 2  # within what so small a model can express
+    optimum = exact.optimal_policy(reference, rewards, 1.0)
+    chances = exact.preferences(rewards)
+    exact.minimise(
+        lambda: exact.population_loss(
+            lambda logps: dpo_loss(logps, 1.0), model_logps(model), reference, chances
+        ),
+        list(model.parameters()),
+        steps=300,
+    )
+    with torch.no_grad():
+        assert exact.total_variation(model_logps(model), optimum) < 1e-3
+
+
+def test_sampled_preferences_have_the_populations_frequencies(reference, rewards):
+    chances = exact.preferences(rewards)
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = exact.sample_preferences(chances, 200_000, generator)
+    assert (chosen != rejected).all()
+    i, j = rewards.argmax(), rewards.argmin()
+    wins = ((chosen == i) & (rejected == j)).sum().item()
+    losses = ((chosen == j) & (rejected == i)).sum().item()
+    n, p = wins + losses, chances[i, j].item()
+    assert abs(wins / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+    drawn = exact.sample_preferences(chances, 200_000, generator, reference)
+    share = torch.bincount(torch.cat(drawn), minlength=COUNT) / 400_000
+    pairs = (reference.exp()[:, None] * reference.exp()[None, :]).fill_diagonal_(0)
+    assert (share - pairs.sum(1) / pairs.sum()).abs().max() < 0.005
