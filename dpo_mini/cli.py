@@ -50,11 +50,10 @@ def main(argv=None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and advice off the screen; errors stay."""
+    """Keep other libraries' advice off the screen; errors stay."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def is_main_process() -> bool:
@@ -633,7 +632,7 @@ def parser() -> argparse.ArgumentParser:
     )
     model_option(p, "whose body the reward reads with")
     dataset_option(p)
-    p.add_argument("--steps", type=int, default=1200, help="optimiser steps of the reward")
+    p.add_argument("--steps", type=int, default=1400, help="optimiser steps of the reward, twice")
     p.add_argument(
         "--every", type=int, default=5, help="test on every so many reviews of the test split"
     )

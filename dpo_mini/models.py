@@ -18,7 +18,9 @@ def load_model(name=EMBEDDED, auto_class=None):
     `AutoModelFor...`. Raises HubError where it cannot be had or holds no safetensors weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar a tensor is no news
     folder = EMBEDDED_FOLDER / "model" if name == EMBEDDED else name
     where = local_or_hub(folder)
     path = Path(folder)

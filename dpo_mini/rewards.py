@@ -16,25 +16,31 @@ from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, load_model, pick_device
 
 
 class SentimentHead(nn.Module):
-    """One bidirectional layer over a language model's hidden states, then a vote of the tokens.
+    """Every token casts a vote; their mean is the logit.
 
-    `hidden` [batch, length, width], `mask` [batch, length], True on tokens -> logits [batch].
+    `hidden` [batch, length, features], `mask` [batch, length], True on tokens -> logits [batch].
+    A mean of votes gives each token its share of the reward, which a policy learns more easily than
+    a verdict on the whole: its implicit reward is a sum over tokens too.
     """
 
-    def __init__(self, width: int = 256):
+    def __init__(self, features: int, width: int = 256):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True
-        )
-        self.vote = nn.Linear(width, 2)  # of each token: its sentiment, and how much it counts
+        self.norm = nn.LayerNorm(features)
+        self.read = nn.Linear(features, width)
+        self.dropout = nn.Dropout(0.1)
+        self.vote = nn.Linear(width, 1)
         self.register_buffer("temperature", torch.ones(()))  # calibrated on held-out reviews
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.layer(self.norm(hidden), src_key_padding_mask=~mask)
-        sentiment, weight = self.vote(hidden).unbind(-1)
-        attention = weight.masked_fill(~mask, float("-inf")).softmax(-1)
-        return (attention * sentiment).sum(-1) / self.temperature
+        votes = self.vote(self.dropout(nn.functional.gelu(self.read(self.norm(hidden))))).squeeze(
+            -1
+        )
+        return (votes * mask).sum(-1) / mask.sum(-1) / self.temperature
+
+
+def features_of(model) -> int:
+    """The width of all hidden states side by side: the embeddings' and each layer's."""
+    return (model.config.n_layer + 1) * model.config.n_embd
 
 
 class SentimentReward:
@@ -53,14 +59,15 @@ class SentimentReward:
         return [[self.tokenizer.bos_token_id, *ids[i : i + self.part_length]] for i in starts]
 
     def hidden(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """The body's hidden states [rows, length, width] of token ids, and their mask."""
+        """The hidden states of all layers, side by side, [rows, length, features], and the mask."""
         length = max(map(len, rows))
         device = self.body.device
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
         sizes = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(length, device=device) < sizes[:, None]
         with torch.no_grad():
-            return self.body(ids, attention_mask=mask.long()).last_hidden_state, mask
+            output = self.body(ids, attention_mask=mask.long(), output_hidden_states=True)
+        return torch.cat(output.hidden_states, -1), mask
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
@@ -128,7 +135,7 @@ def load_reward(name=EMBEDDED):
     from safetensors.torch import load_file
 
     model, tokenizer = load_model()
-    head = SentimentHead(model.config.n_embd)
+    head = SentimentHead(features_of(model))
     head.load_state_dict(load_file(EMBEDDED_FOLDER / "reward.safetensors"))  # half to float32
     return SentimentReward(model.transformer, tokenizer, head.to(pick_device()))
 

@@ -5,6 +5,14 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart by colour-blind readers, and on light and dark pages.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
 
+# For `plt.rcParams.update`: white paper on light and dark pages, letters that survive half size.
+STYLE = {
+    "figure.figsize": (8, 3.6), "figure.facecolor": "white", "figure.constrained_layout.use": True,
+    "font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2,
+    "svg.hashsalt": "dpo_mini",
+}  # fmt: skip
+
 
 def training_figure(log: list[dict]) -> Figure:
     """How a preference run went: loss, margin, accuracy, the two log-probabilities, reward and KL
@@ -55,4 +63,23 @@ def training_figure(log: list[dict]) -> Figure:
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def before_after_figure(rows: list[dict]) -> Figure:
+    """P(positive) of the same prompts' completions before and after, as two histograms.
+
+    `rows`: as in samples.jsonl, with `reward_reference` and `reward_policy`.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axis = figure.subplots()
+    bins = [i / 20 for i in range(21)]
+    for key, colour, label in (
+        ("reward_reference", GREY, "before: reviews of every kind"),
+        ("reward_policy", GREEN, "after DPO"),
+    ):
+        axis.hist([r[key] for r in rows], bins, color=colour, alpha=0.75, label=label)
+    axis.set(xlabel="P(positive) of a completion", ylabel="held-out prompts", xlim=(0, 1))
+    axis.legend(frameon=False, loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo_mini.models import EMBEDDED_FOLDER, load_model
-from dpo_mini.rewards import SentimentHead, SentimentReward, WordJudge
+from dpo_mini.rewards import SentimentHead, SentimentReward, WordJudge, features_of
 
 
 def snippet(text: str, words: int, generator: random.Random) -> str:
@@ -18,26 +18,27 @@ def snippet(text: str, words: int, generator: random.Random) -> str:
     return " ".join(parts[start : start + words])
 
 
-def fit_reward(
-    texts, labels, *, model_folder=None, steps=1500, batch_size=64, learning_rate=1e-3, seed=0
-):
+def fit_reward(texts, labels, *, model_folder=None, steps=1400, rounds=2, batch_size=64, seed=0):
     """A `SentimentReward` fitted on random snippets of 25 to 90 words, then calibrated.
 
-    `texts`, `labels` (1 positive, 0 negative): every tenth is kept for calibration.
+    `texts`, `labels` (1 positive, 0 negative): every tenth is kept for calibration. In each round
+    of `steps` the learning rate falls to 0 once.
     """
     from tqdm.auto import tqdm
 
     torch.manual_seed(seed)
     generator = random.Random(seed)
     model, tokenizer = load_model(model_folder) if model_folder else load_model()
-    head = SentimentHead(model.config.n_embd).to(model.device)
+    head = SentimentHead(features_of(model)).to(model.device)
     reward = SentimentReward(model.transformer, tokenizer, head)
     fitted = [i for i in range(len(texts)) if i % 10]
-    optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=0.01)
     head.train()
-    bar = tqdm(range(steps), desc="reward")
+    bar = tqdm(range(rounds * steps), desc="reward")
     for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / 50, 1 - step / steps)
+        if step % steps == 0:
+            optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.01)
+        rate = min((step % steps + 1) / 30, 1 - step % steps / steps)
+        optimizer.param_groups[0]["lr"] = 2e-3 * rate
         chosen = generator.sample(fitted, batch_size)
         longest = generator.choice((25, 40, 40, 60, 90))  # one length a batch: little padding
         rows = [reward.parts(snippet(texts[i], longest, generator))[0] for i in chosen]

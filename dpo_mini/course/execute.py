@@ -1,0 +1,60 @@
+"""Execute the notebooks whose code changed, and store their outputs:
+
+python -m dpo_mini.course.execute notebooks [--all]
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import nbformat
+
+TIMEOUT = 300  # seconds a cell
+
+
+def fingerprint(notebook) -> str:
+    """A hash of the code cells; the stored outputs belong to the code that has it."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\n\0".join(code).encode()).hexdigest()[:16]
+
+
+def is_current(notebook) -> bool:
+    return notebook.metadata.get("executed") == fingerprint(notebook)
+
+
+def execute(path: Path) -> None:
+    """Run a notebook in its folder and store the outputs; an error leaves the file as it was."""
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False,
+    )  # fmt: skip
+    client.execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # when it ran: a new diff every time
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not is_chatter(o)]
+    notebook.metadata["executed"] = fingerprint(notebook)
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+def is_chatter(output) -> bool:
+    """Progress bars and libraries' messages, which say nothing to a reader."""
+    data = output.get("data", {})
+    bar = "application/vnd.jupyter.widget-view+json" in data and "image/svg+xml" not in data
+    return bar or output.get("name") == "stderr"
+
+
+def main(arguments: list[str]) -> None:
+    folder = Path(next((a for a in arguments if not a.startswith("-")), "notebooks"))
+    for path in sorted(folder.glob("*.ipynb")):
+        if "--all" in arguments or not is_current(nbformat.read(path, as_version=4)):
+            print(f"executing {path}", flush=True)
+            execute(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
