@@ -4,20 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 ARGS ?=
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
-.PHONY: demo test test-fast lab lock clean
+.PHONY: demo test test-fast notebooks lab lock clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
 	$(BIN)/dpo-mini demo $(ARGS)
 
-test: $(VENV)/test.done  ## everything
+test: $(VENV)/test.done  ## everything: the library, then every notebook
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(NBVAL) notebooks
 
 test-fast: $(VENV)/test.done  ## what takes seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 lab: $(VENV)/lab.done  ## the course in JupyterLab
-	$(BIN)/jupyter lab $(ARGS)
+	$(BIN)/jupyter lab $(ARGS) notebooks/00_start_here.ipynb
+
+notebooks: $(VENV)/test.done  ## execute again, and store, the notebooks whose code changed
+	$(BIN)/python -m dpo_mini.course.execute notebooks $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dpo_mini needs Python 3.10 or newer; set PYTHON=")'

@@ -19,8 +19,10 @@ from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
 from dpo_mini.training import TrainingConfig, reference_logps, train_preferences
 
+# Eight prompts a step, with the six pairs of each prompt's four samples: a small model, so a
+# learning rate far above a large one's, and a beta that keeps the KL under ten nats with it.
 DEMO_CONFIG = TrainingConfig(
-    steps=150, batch_size=32, learning_rate=5e-5, warmup_steps=10, monitor_every=30
+    steps=100, batch_size=48, block_size=6, learning_rate=2e-4, warmup_steps=5, monitor_every=25
 )
 
 
@@ -51,15 +53,15 @@ def sample_monitor(reference, tokenizer, prompts, reward, max_new_tokens=40, see
 
 def demo(
     output="runs/demo", *,
-    prompts=1000, held_out=256, samples=4, max_new_tokens=40, beta=0.1, config=DEMO_CONFIG,
+    prompts=800, held_out=256, samples=4, max_new_tokens=32, beta=0.3, config=DEMO_CONFIG,
     resume=False, progress=True,
 ) -> dict:  # fmt: skip
     """Turn a model that writes any review into one that writes positive ones; returns the report.
 
-    Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl and
-    training.png. With `resume`, what an interrupted run has already written there is used.
+    Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl,
+    training.png and before_after.png. With `resume`, what an interrupted run wrote is used.
     """
-    from dpo_mini.course.plots import training_figure
+    from dpo_mini.course.plots import before_after_figure, training_figure
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,11 +87,11 @@ def demo(
     log = train_preferences(
         policy, tokenize_pairs(pairs, tokenizer, length), config, beta=beta,
         output=output, resume=resume, progress=progress,
-        monitor=sample_monitor(reference, tokenizer, test_prompts[:96], reward, max_new_tokens),
+        monitor=sample_monitor(reference, tokenizer, test_prompts[:64], reward, max_new_tokens),
     )  # fmt: skip
 
     report, rows = evaluate(
-        policy, reference, tokenizer, test_prompts, reward, judge, 2, max_new_tokens,
+        policy, reference, tokenizer, test_prompts, reward, judge, 1, max_new_tokens,
         progress=progress,
     )  # fmt: skip
     tokenized = tokenize_pairs(test_pairs, tokenizer, length)
@@ -104,5 +106,6 @@ def demo(
     write_jsonl(output / "samples.jsonl", rows)
     write_jsonl(output / "log.jsonl", log)
     training_figure(log).savefig(output / "training.png", dpi=110)
+    before_after_figure(rows).savefig(output / "before_after.png", dpi=110)
     (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report

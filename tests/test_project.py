@@ -97,7 +97,8 @@ def test_the_library_is_read_in_one_sitting():
         p for p in (ROOT / "dpo_mini").glob("*.py") if p.name not in ("cli.py", "__main__.py")
     ]
     lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
-    assert sum(lines.values()) < 1200, lines
+    assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 350, lines
+    assert sum(lines.values()) < 1350, lines
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_the_readme_names_its_commands(command):
 
 def test_no_floor_imports_a_floor_above_it():
     floors = [
-        ["hub", "losses", "data", "checkpoints"],
+        ["hub", "losses", "data", "checkpoints", "exact"],
         ["logprobs", "models"],
         ["sampling", "rewards"],
         ["training", "evaluation"],

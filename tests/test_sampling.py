@@ -4,7 +4,7 @@ import torch
 
 from dpo_mini.data import tokenize_prompt
 from dpo_mini.models import load_model
-from dpo_mini.sampling import sample_completions, through_first
+from dpo_mini.sampling import inverse_cdf, sample_completions, through_first
 
 
 def test_first_tokens_follow_the_softmax_tail_included(tiny_folder):
@@ -67,3 +67,13 @@ def test_seeded_and_leaves_the_random_state_alone(tiny_folder):
     assert torch.equal(before, torch.random.get_rng_state())
     assert first == sample_completions(model, tokenizer, ["This", "That"], 3, 5, seed=1)
     assert first != sample_completions(model, tokenizer, ["This", "That"], 3, 5, seed=2)
+
+
+def test_inverse_cdf_draws_each_token_as_often_as_it_should():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = inverse_cdf(probabilities.repeat(100_000, 1)).squeeze(1)
+    share = torch.bincount(drawn, minlength=6) / 100_000
+    assert (share[probabilities == 0] == 0).all()
+    error = (probabilities * (1 - probabilities) / 100_000).sqrt()
+    assert ((share - probabilities).abs() <= 4 * error).all()

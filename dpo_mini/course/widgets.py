@@ -53,8 +53,8 @@ def tilting(beta: float = 1.0, reference=REFERENCE, rewards=REWARDS) -> str:
         panel.label(i, f"{r:+.1f}")
     panel.note(len(rewards) - 0.5, 0.95, "grey: pi_ref", GREY, "end")
     panel.note(len(rewards) - 0.5, 0.86, "blue: pi*", BLUE, "end")
-    said = f"log Z = {log_z:.3f}    KL = {kl:.3f} nats    E[r] = {reward:.3f}"
-    said += f"    J = E[r] - beta KL = {reward - beta * kl:.3f} = beta log Z"
+    said = f"log Z = {log_z:.3f} · KL = {kl:.3f} nats · E[r] = {reward:.3f}"
+    said += f" · J = E[r] - beta KL = {reward - beta * kl:.3f} = beta log Z"
     panel.label(3.5, said, lines=3)
     return picture([panel], caption=said)
 
@@ -73,8 +73,9 @@ def frontier(beta: float = 1.0, reference=REFERENCE, rewards=REWARDS) -> str:
         ylabel="E[r]", title=f"beta = {beta:.2f}: KL = {kl:.3f}, E[r] = {reward:.3f}",
     )  # fmt: skip
     panel.ticks((0, 1, 2, 3), (0, 1, 2)).line([point(b) for b in betas], BLUE)
-    reach = 0.6
-    panel.line([(kl + d, reward + beta * d) for d in (-reach, reach)], ORANGE, "5 4", 1.5)
+    back = min(0.6, kl, (reward + 0.2) / beta)  # no further than the axes: a tangent stays straight
+    ahead = min(0.6, 3 - kl, (2.1 - reward) / beta)
+    panel.line([(kl + d, reward + beta * d) for d in (-back, ahead)], ORANGE, "5 4", 1.5)
     panel.dots([(kl, reward)], VERMILION, 7)
     panel.note(1.7, 0.6, "dashed: the tangent, of slope beta", ORANGE)
     panel.note(1.7, 0.4, "above the curve: out of reach", GREY)
@@ -132,7 +133,7 @@ def explore(draw: Callable[..., str], **sliders: tuple):
     controls = {
         name: ipywidgets.FloatSlider(
             value=start, min=low, max=high, step=step, description=name,
-            readout_format=".2f", continuous_update=True,
+            readout_format=".2f", layout={"width": "480px"},
         )
         for name, (low, high, step, start) in sliders.items()
     }  # fmt: skip

@@ -1,0 +1,82 @@
+"""What the notebooks stand on: pictures with the right numbers, outputs that fit the code."""
+
+import ast
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from dpo_mini import exact
+from dpo_mini.course import execute, widgets
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_stored_executed_and_asserts_what_it_claims(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert execute.is_current(notebook), "its code changed: run `make notebooks`"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
+    source = "\n".join(cell.source for cell in code)
+    asserted = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assert)]
+    assert len(asserted) >= 3
+    assert not [n for n in asserted if isinstance(n.test, (ast.Constant, ast.Tuple))]
+    figures = [o for cell in code for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert len(figures) >= 2
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(work|home|root|Users)/", text)
+    assert len(text) < 1_500_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_says_what_it_gives_and_takes(path):
+    opening = nbformat.read(path, as_version=4).cells[0].source
+    for word in ("You will be able to", "Takes", "GB", "Needs"):
+        assert word in opening
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in [*NOTEBOOKS, *NOTEBOOKS[0].parent.glob("*.md")]:
+        for target in re.findall(r"\]\(([\w./-]+\.(?:ipynb|md))\)", path.read_text("utf-8")):
+            assert (path.parent / target).exists(), (path.name, target)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0, 5.0])
+def test_pictures_are_well_formed_and_say_the_right_numbers(beta):
+    optimum = exact.optimal_policy(widgets.REFERENCE, widgets.REWARDS, beta)
+    kl = exact.kl(optimum, widgets.REFERENCE).item()
+    for draw in (widgets.tilting, widgets.frontier, widgets.bradley_terry):
+        ElementTree.fromstring(draw(beta))
+    assert f"KL = {kl:.3f}" in widgets.tilting(beta) and f"KL = {kl:.3f}" in widgets.frontier(beta)
+    gain = exact.expectation(optimum, widgets.REWARDS).item()
+    assert f"E[r] = {gain:.3f}" in widgets.tilting(beta)
+    margins = [-12.0, 0.0, 20.0]
+    drawn = widgets.gradient_weighting(beta, margins)
+    ElementTree.fromstring(drawn)
+    weight = torch.sigmoid(-beta * torch.tensor(margins)).mean().item()
+    assert f"{weight:.3f} on average" in drawn
+
+
+def test_bradley_terry_says_the_probability():
+    assert "= 0.731" in widgets.bradley_terry(1.0, 0.0) == widgets.bradley_terry(3.0, 2.0)
+
+
+def test_the_most_and_least_weighted_pairs_are_shown_and_escaped():
+    texts = [("easy <b>", "easy l"), ("hard w", "hard l"), ("middle w", "middle l")]
+    drawn = widgets.gradient_weighting(0.1, [30.0, -30.0, 0.0], texts)
+    most, least = drawn.index("hard w"), drawn.index("easy &lt;b&gt;")
+    assert drawn.index("Weighs most") < most < drawn.index("Weighs least") < least
+    assert "middle" not in drawn
+
+
+def test_a_slider_moves_the_picture():
+    box = widgets.explore(widgets.tilting, beta=(0.05, 5, 0.05, 1.0))
+    slider, view = box.children
+    before = view.value
+    slider.value = 0.2
+    assert view.value != before and view.value == widgets.tilting(0.2)

@@ -1,0 +1,65 @@
+"""The main job, whole: what the README promises, measured on a run with the defaults."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_mini.checkpoints import saved_step
+from dpo_mini.demo import demo
+from dpo_mini.models import load_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    return folder, demo(folder, progress=False)
+
+
+def test_the_report_shows_a_model_that_changed_its_mind(run):
+    _, report = run
+    assert abs(report["loss_first"] - math.log(2)) < 1e-4
+    assert report["reward_gain"]["mean"] >= 0.30
+    assert report["judge_policy"]["mean"] - report["judge_reference"]["mean"] >= 0.20
+    assert report["kl"]["mean"] < 10
+    assert report["win_rate"]["mean"] >= 0.80
+    assert report["preference_accuracy"]["mean"] >= 0.75
+    assert report["preference_accuracy_clear"]["mean"] >= 0.82
+    assert report["distinct_2_policy"] >= 0.9 * report["distinct_2_reference"]
+    for key in ("reward_policy", "kl", "win_rate", "preference_accuracy"):
+        assert report[key]["low"] < report[key]["mean"] < report[key]["high"]
+
+
+def test_the_folder_holds_what_the_readme_says(run):
+    folder, report = run
+    names = {p.name for p in folder.iterdir()}
+    assert {"report.json", "samples.jsonl", "training.png", "model.safetensors"} <= names
+    rows = [json.loads(x) for x in (folder / "samples.jsonl").read_text().split("\n") if x]
+    assert len(rows) == 256 and set(rows[0]) >= {"prompt", "reference", "policy"}
+    assert json.loads((folder / "report.json").read_text()) == report
+    model, _ = load_model(folder)
+    assert model.num_parameters() == load_model()[0].num_parameters()
+
+
+def test_killed_and_resumed_the_demo_ends_with_the_same_weights(tmp_path):
+    command = [sys.executable, "-m", "dpo_mini", "demo", "--json", "--n-prompts", "24"]
+    command += ["--held-out", "8", "--steps", "8", "--checkpoint-every", "1", "--resume"]
+    plain, broken = tmp_path / "plain", tmp_path / "broken"
+    subprocess.run([*command, "--output", plain], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--output", broken], stdout=subprocess.DEVNULL)
+    while (saved_step(broken / "checkpoint.safetensors") or 0) < 2:
+        assert process.poll() is None, "the demo ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, "--output", broken], check=True, stdout=subprocess.DEVNULL)
+    a, b = (load_file(folder / "model.safetensors") for folder in (plain, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
