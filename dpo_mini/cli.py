@@ -514,12 +514,12 @@ def parser() -> argparse.ArgumentParser:
         "align the embedded model: sample, label, train, evaluate (minutes, no network)",
         "runs/demo",
     )
-    p.add_argument("--n-prompts", type=int, default=800, help="training prompts")
+    p.add_argument("--n-prompts", type=int, default=1100, help="training prompts")
     p.add_argument("--held-out", type=int, default=256, help="held-out prompts to evaluate on")
     p.add_argument(
         "--beta",
         type=float,
-        default=0.3,
+        default=0.45,
         help="strength of the KL constraint: larger stays closer to the reference",
     )
     training_options(p)

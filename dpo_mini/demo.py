@@ -19,10 +19,10 @@ from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
 from dpo_mini.training import TrainingConfig, reference_logps, train_preferences
 
-# Eight prompts a step, with the six pairs of each prompt's four samples: a small model, so a
+# Four prompts a step, with the six pairs of each prompt's four samples: a small model, so a
 # learning rate far above a large one's, and a beta that keeps the KL under ten nats with it.
 DEMO_CONFIG = TrainingConfig(
-    steps=100, batch_size=48, block_size=6, learning_rate=2e-4, warmup_steps=5, monitor_every=25
+    steps=275, batch_size=24, block_size=6, learning_rate=2e-4, warmup_steps=10, monitor_every=55
 )
 
 
@@ -53,7 +53,7 @@ def sample_monitor(reference, tokenizer, prompts, reward, max_new_tokens=40, see
 
 def demo(
     output="runs/demo", *,
-    prompts=800, held_out=256, samples=4, max_new_tokens=32, beta=0.3, config=DEMO_CONFIG,
+    prompts=1100, held_out=256, samples=4, max_new_tokens=32, beta=0.45, config=DEMO_CONFIG,
     resume=False, progress=True,
 ) -> dict:  # fmt: skip
     """Turn a model that writes any review into one that writes positive ones; returns the report.

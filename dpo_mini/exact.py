@@ -121,9 +121,10 @@ def best_of_n(reference: Tensor, rewards: Tensor, n: int) -> Tensor:
 
 
 def minimise(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int = 2000) -> float:
-    """Minimise `loss()` over `parameters` in place, to the last digits that float64 allows.
+    """Minimise `loss()` over `parameters` in place, until float64 losses stop improving.
 
-    L-BFGS with a line search; returns the loss that was reached.
+    L-BFGS with a line search; the parameters themselves are then good to about 1e-6. Returns the
+    loss that was reached.
     """
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=steps, max_eval=4 * steps, history_size=50, tolerance_grad=1e-14,

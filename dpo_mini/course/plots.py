@@ -23,10 +23,14 @@ def training_figure(log: list[dict]) -> Figure:
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 3)
 
-    def curve(axis, key, colour, label=None, rows=steps, **style):
-        axis.plot(
-            [r["step"] for r in rows], [r[key] for r in rows], color=colour, label=label, **style
-        )
+    window = max(1, len(steps) // 15)
+
+    def curve(axis, key, colour, label=None):
+        """What each batch said, faint, and its mean over the last `window` batches."""
+        values, x = [r[key] for r in steps], [r["step"] for r in steps]
+        recent = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+        axis.plot(x, values, color=colour, alpha=0.2, lw=1)
+        axis.plot(x, [sum(r) / len(r) for r in recent], color=colour, label=label, lw=2)
 
     loss, margin, accuracy, logps, reward, kl = axes.flat
     curve(loss, "loss", BLUE)
@@ -48,16 +52,16 @@ def training_figure(log: list[dict]) -> Figure:
     curve(accuracy, "rewards/accuracies", BLUE)
     accuracy.axhline(0.5, color=GREY, ls=":", lw=1)
     accuracy.set_ylim(0.3, 1.02)
-    accuracy.set_title("Pairs ranked rightly (training batches)")
+    accuracy.set_title("Pairs ranked rightly")
     curve(logps, "logps/chosen", GREEN, "chosen")
     curve(logps, "logps/rejected", VERMILION, "rejected")
-    logps.set_title("Log-probabilities (nats per completion)")
+    logps.set_title("Log-probabilities (nats)")
     if watched:
-        curve(reward, "reward", GREEN, rows=watched, marker="o")
-        curve(kl, "kl", ORANGE, rows=watched, marker="o")
+        for axis, key, colour in ((reward, "reward", GREEN), (kl, "kl", ORANGE)):
+            axis.plot([r["step"] for r in watched], [r[key] for r in watched], "o-", color=colour)
     reward.set_ylim(0, 1)
     reward.set_title("P(positive) of fresh samples")
-    kl.set_title("KL from the reference (nats per completion)")
+    kl.set_title("KL from the reference (nats)")
     for axis in (margin, logps):
         axis.legend(frameon=False)
     for axis in axes.flat:

@@ -85,7 +85,7 @@ def frontier(beta: float = 1.0, reference=REFERENCE, rewards=REWARDS) -> str:
 def gradient_weighting(
     beta: float = 0.1, margins: Sequence[float] = (), texts: Sequence[tuple] = ()
 ) -> str:
-    """How hard DPO pulls on a pair: sigmoid(-beta * margin), over the margins of real pairs.
+    """A pair's weight in DPO's gradient, sigmoid(-beta * margin), a constant factor beta left out.
 
     `margins`: log-ratio of chosen minus that of rejected, in nats, a pair each; `texts`: their
     (chosen, rejected), to show the pairs that weigh most and least.
@@ -101,8 +101,8 @@ def gradient_weighting(
     panel.line([(0, 0), (0, 1)], GREY, "2 4", 1)
     panel.curve(lambda margin: sigmoid(-beta * margin), BLUE)
     panel.dots(list(zip(margins, weights)), VERMILION, 4, 0.5)
-    panel.note(-29, 0.08, "ranked wrongly: pulled hard", GREY)
-    panel.note(29, 0.9, "ranked rightly: left alone", GREY, "end")
+    panel.note(-29, 0.08, "ranked wrongly: weight above 1/2", GREY)
+    panel.note(29, 0.9, "ranked rightly: weight below 1/2", GREY, "end")
     drawn = picture([panel], caption=f"Average weight {mean:.3f} at beta {beta:.2f}")
     if not texts:
         return drawn
