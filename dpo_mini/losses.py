@@ -61,8 +61,8 @@ LOSSES = {"dpo": dpo_loss, "cdpo": cdpo_loss}
 def preference_metrics(logps: PairLogps, beta: float) -> dict[str, Tensor]:
     """What to watch while training, in TRL's names; each a tensor [batch] without gradient.
 
-    An accuracy is 1 where the chosen completion has the higher implicit reward, 1/2 at a tie (all
-    pairs tie before the first step, and a coin is right half the time).
+    An accuracy is 1 where the chosen completion has the higher implicit reward, 1/2 at a tie
+    (before the first step all pairs tie, up to rounding; a coin is right half the time).
     """
     with torch.no_grad():
         chosen, rejected = implicit_rewards(logps, beta)

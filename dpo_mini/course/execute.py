@@ -35,10 +35,21 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: a new diff every time
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not is_chatter(o)]
+            cell.outputs = joined([o for o in cell.outputs if not is_chatter(o)])
     notebook.metadata["executed"] = fingerprint(notebook)
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)
+
+
+def joined(outputs: list) -> list:
+    """Neighbouring pieces of one stream as one: where a stream is cut differs from run to run."""
+    whole = []
+    for output in outputs:
+        if whole and output.get("name") == "stdout" and whole[-1].get("name") == "stdout":
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def is_chatter(output) -> bool:
