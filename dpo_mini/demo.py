@@ -99,7 +99,7 @@ def demo(
     report |= held_out_accuracy(*logps, test_pairs, beta)
     settings = {"beta": beta, "prompts": prompts, "samples": samples, "pairs": len(pairs)}
     settings |= {"max_new_tokens": max_new_tokens, **asdict(config), "torch": torch.__version__}
-    losses = {"loss_first": log[1]["loss"], "loss_last": sum(r["loss"] for r in log[-10:]) / 10}
+    losses = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"]}
     report = {**losses, **report, "settings": settings}
 
     save_model(policy, tokenizer, output, model_card(EMBEDDED, "pairs.jsonl", settings, report))

@@ -49,9 +49,7 @@ def test_dpo_equals_trl_step_by_step(tiny_folder, tmp_path):
         schedule="constant",
         max_grad_norm=1.0,
     )
-    order = [
-        i for step in range(STEPS) for i in batch_indices(len(rows()), BATCH, config.seed, step)
-    ]
+    order = [i for step in range(STEPS) for i in batch_indices(len(rows()), step, config)]
 
     class InOrder(trl.DPOTrainer):
         def _get_train_sampler(self, *_):
