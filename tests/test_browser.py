@@ -1,4 +1,4 @@
-"""A learner's own tools: JupyterLab in Chromium, a notebook run, the beta slider moved."""
+"""A learner's own tools: a notebook run by JupyterLab and by Voila, the beta slider moved."""
 
 import os
 import re
@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -33,56 +32,88 @@ RUN_ALL = """async () => {
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """JupyterLab on copies of the notebooks; yields its address."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--expose-app-in-browser"]
-    command += [f"--ServerApp.port={port}", "--ServerApp.token=", "--ServerApp.allow_root=True"]
-    command += [f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
-    command += ["--LabApp.news_url=", "--ServerApp.disable_check_xsrf=True"]
-    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
-    environment = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
-    server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(f"{address}/api", timeout=2)
-            break
-        except OSError:
+def serve(tmp_path):
+    """Start a server of notebooks: `serve(module, *arguments)` returns its address."""
+    servers = []
+
+    def start(module, *arguments, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", module, "--no-browser", *arguments]
+        command = [str(part).format(port=port) for part in command]
+        servers.append(
+            subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        )
+        for _ in range(240):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return f"http://127.0.0.1:{port}"
+            assert servers[-1].poll() is None, f"{module} ended before it answered"
             time.sleep(0.5)
-    yield address
-    server.terminate()
-    server.wait()
+        raise TimeoutError(f"{module} did not answer")
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait()
 
 
-def test_the_beta_slider_of_jupyterlab_moves_the_picture(lab):
-    artefacts = ROOT / "runs" / "browser"
-    artefacts.mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def page():
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(120_000)
-        page.goto(f"{lab}/lab/tree/02_rlhf_objective.ipynb")
-        page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context")
-        page.evaluate(RUN_ALL)
-        handle = page.locator(".widget-slider .noUi-handle").first
-        handle.wait_for()
-        picture = page.locator(".widget-html svg").first
-        assert "beta = 1.00" in picture.text_content()
-        handle.focus()
-        for _ in range(10):
-            page.keyboard.press("ArrowRight")
-        page.wait_for_function(
-            "() => document.querySelector('.widget-html svg').textContent.includes('beta = 1.50')"
-        )
-        said = float(re.search(r"KL = ([\d.]+)", picture.text_content())[1])
-        picture.scroll_into_view_if_needed()
-        page.screenshot(path=artefacts / "beta_slider.png")
+        yield page
         browser.close()
+
+
+def move_beta_and_compare(page, name):
+    """Ten steps of the slider to the right; the KL in the picture must be the exact one."""
+    handle = page.locator(".widget-slider .noUi-handle").first
+    handle.wait_for()
+    picture = page.locator(".widget-html svg").first
+    assert "beta = 1.00" in picture.text_content()
+    handle.focus()
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "() => document.querySelector('.widget-html svg').textContent.includes('beta = 1.50')"
+    )
+    said = float(re.search(r"KL = ([\d.]+)", picture.text_content())[1])
     optimum = exact.optimal_policy(widgets.REFERENCE, widgets.REWARDS, 1.5)
     assert said == pytest.approx(exact.kl(optimum, widgets.REFERENCE).item(), abs=6e-4)
+    artefacts = ROOT / "runs" / "browser"
+    artefacts.mkdir(parents=True, exist_ok=True)
+    picture.scroll_into_view_if_needed()
+    page.screenshot(path=artefacts / f"{name}.png")
+
+
+def test_the_beta_slider_of_jupyterlab_moves_the_picture(serve, page, tmp_path):
+    notebooks = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    address = serve(
+        "jupyterlab", "--expose-app-in-browser", "--allow-root", "--ServerApp.port={port}",
+        "--ServerApp.token=", f"--ServerApp.root_dir={notebooks}",
+        JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "settings"),
+    )  # fmt: skip
+    page.goto(f"{address}/lab/tree/02_rlhf_objective.ipynb")
+    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context")
+    page.evaluate(RUN_ALL)
+    move_beta_and_compare(page, "jupyterlab")
+
+
+def test_the_beta_slider_of_voila_moves_the_picture(serve, page, tmp_path):
+    pytest.importorskip("voila", reason="voila is not installed")
+    notebook = shutil.copy(ROOT / "notebooks" / "02_rlhf_objective.ipynb", tmp_path)
+    address = serve("voila", notebook, "--port={port}")
+    page.goto(address)
+    move_beta_and_compare(page, "voila")
