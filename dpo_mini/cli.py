@@ -74,7 +74,7 @@ def run_demo(args) -> dict:
         config=config, resume=args.resume, progress=not args.json,
     )  # fmt: skip
     if not args.json:
-        print_comparison(Path(args.output), report)
+        print_comparison(Path(args.output), report, args.output)
     return report
 
 
@@ -239,7 +239,7 @@ def run_evaluate(args) -> dict:
         )
     write_jsonl(Path(args.output) / "samples.jsonl", rows)
     if not args.json:
-        print_comparison(Path(args.output), report)
+        print_comparison(Path(args.output), report, args.model)
     return save_report(args, report)
 
 
@@ -392,7 +392,7 @@ def interval(estimate: dict) -> str:
     return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 
-def print_comparison(folder: Path, report: dict) -> None:
+def print_comparison(folder: Path, report: dict, model: str) -> None:
     """The before/after table, with samples side by side."""
     lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
     print(f"\n{'held-out prompts':<34}{'before':>9}{'after':>9}   95% interval after")
@@ -418,8 +418,8 @@ def print_comparison(folder: Path, report: dict) -> None:
         print(f"\n  {row['prompt']} ...")
         for name, label in (("reference", "before"), ("policy", "after")):
             print(f"    {label:<7}{row['reward_' + name]:.2f}  {one_line(row[name])}")
-    print(f"\nEverything is in {folder}. Look at training.png, then talk to the model:")
-    print(f"  dpo-mini sample --model {folder} --prompt 'The plot'")
+    print(f"\nEverything is in {folder}. Look at it, then talk to the model:")
+    print(f"  dpo-mini sample --model {model} --prompt 'The plot'")
 
 
 # --- options ---
