@@ -5,7 +5,12 @@ import torch
 from conftest import SHARED_IMDB, needs_imdb
 
 from dpo_mini.data import read_rows
-from dpo_mini.embedded.judges import calibration_error, judge_quality
+from dpo_mini.embedded.judges import (
+    calibration_error,
+    fit_reward,
+    judge_quality,
+    save_reward,
+)
 from dpo_mini.embedded.pretraining import bits_per_byte, next_token_loss, orthogonalised
 from dpo_mini.models import load_model
 from dpo_mini.rewards import WordJudge, load_judge, load_reward
@@ -102,3 +107,15 @@ def test_muon_makes_singular_values_near_one():
             orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 10)
         )
         assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_fitting_a_reward_learns_words_and_survives_saving(tmp_path):
+    from safetensors.torch import load_file
+
+    texts = ["A wonderful, moving film.", "A boring, awful film."] * 20
+    reward = fit_reward(texts, [1, 0] * 20, steps=15, batch_size=8)
+    logits = reward(texts[:2])
+    assert logits[0] > 0 > logits[1]
+    save_reward(reward, tmp_path)
+    reward.head.load_state_dict(load_file(tmp_path / "reward.safetensors"))
+    assert torch.allclose(reward(texts[:2]), logits, rtol=0.02, atol=0.02)  # half precision
