@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_mini.checkpoints import TrainingError
 from dpo_mini.data import (
     pairs_from_samples,
     preference_pairs,
@@ -78,7 +79,12 @@ def demo(
                 seed=seed, progress=progress,
             )  # fmt: skip
             write_jsonl(path, pairs)
-        return preference_pairs(read_rows(path))
+        pairs = preference_pairs(read_rows(path))
+        if {pair.prompt for pair in pairs} != set(its_prompts):
+            raise TrainingError(
+                f"{path} has the pairs of another run's prompts. Start in another folder."
+            )
+        return pairs
 
     pairs = pairs_of("pairs", load_prompts("train")[:prompts], config.seed)
     test_pairs = pairs_of("held_out_pairs", test_prompts, config.seed + 1000)

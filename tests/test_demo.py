@@ -64,5 +64,9 @@ def test_killed_and_resumed_the_demo_ends_with_the_same_weights(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     subprocess.run([*command, "--output", broken], check=True, stdout=subprocess.DEVNULL)
+    other = subprocess.run(
+        [*command, "--n-prompts", "12", "--output", broken], capture_output=True, text=True
+    )
+    assert other.returncode == 1 and "another run's prompts" in other.stderr
     a, b = (load_file(folder / "model.safetensors") for folder in (plain, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
