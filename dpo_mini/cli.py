@@ -339,7 +339,8 @@ def training_config(args, default=None, **changes):
 
 def chosen_prompts(args, tokenizer, split="train") -> list[str]:
     """Prompts from a file (one a line), from a data set's texts, or the embedded ones."""
-    from dpo_mini.data import prefixes, read_texts
+    from dpo_mini.curation import prefixes
+    from dpo_mini.data import read_texts
     from dpo_mini.rewards import load_prompts
 
     if args.prompts:

@@ -1,6 +1,5 @@
 """Preference pairs: reading, checking, tokenising, batching. What passes is not checked again."""
 
-import itertools
 import json
 import warnings
 from collections.abc import Iterable, Sequence
@@ -242,46 +241,3 @@ def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str 
         )
         rows.append([c + pad if padding_side == "right" else pad + c for c in columns])
     return Batch(*torch.tensor(rows).unbind(1))
-
-
-def pairs_from_samples(
-    samples, rewards, labels: str = "best", seed: int = 0
-) -> tuple[list[PreferencePair], int]:
-    """All pairs of each prompt's completions, labelled by reward: (pairs, exact ties dropped).
-
-    `samples`: for each prompt its completions (as from `sample_completions`); `rewards`: their
-    logits in the same order, flat. `labels`: "best" prefers the higher reward; "bradley-terry"
-    draws the winner with probability sigmoid(difference), as a person with that reward would
-    (Bradley and Terry 1952).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    pairs, ties, scores = [], 0, iter(rewards.tolist())
-    for completions in samples:
-        scored = [(c, next(scores)) for c in completions]
-        for (a, reward_a), (b, reward_b) in itertools.combinations(scored, 2):
-            if reward_a == reward_b or a.ids == b.ids:
-                ties += 1
-                continue
-            a_wins = reward_a > reward_b
-            if labels == "bradley-terry":
-                chance = torch.tensor(reward_a - reward_b).sigmoid()
-                a_wins = bool(torch.rand((), generator=generator) < chance)
-            (w, reward_w), (l, reward_l) = (
-                ((a, reward_a), (b, reward_b)) if a_wins else ((b, reward_b), (a, reward_a))
-            )
-            ids, logits = (a.prompt_ids, w.ids, l.ids), (round(reward_w, 4), round(reward_l, 4))
-            pairs.append(PreferencePair(a.prompt, w.text, l.text, *ids, *logits))
-    return pairs, ties
-
-
-def prefixes(
-    texts: Sequence[str], tokenizer, n: int, low: int = 2, high: int = 8, seed: int = 0
-) -> list[str]:
-    """Prompts: the first `low` to `high` tokens of `n` texts (Rafailov et al. 2023, C.1)."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for i in torch.randperm(len(texts), generator=generator).tolist()[:n]:
-        length = int(torch.randint(low, high + 1, (), generator=generator))
-        ids = tokenizer(texts[i][:200], add_special_tokens=False)["input_ids"][:length]
-        prompts.append(tokenizer.decode(ids))
-    return prompts

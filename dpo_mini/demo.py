@@ -7,14 +7,10 @@ from pathlib import Path
 import torch
 
 from dpo_mini.checkpoints import TrainingError
-from dpo_mini.data import (
-    pairs_from_samples,
-    preference_pairs,
-    read_rows,
-    tokenize_pairs,
-    write_jsonl,
-)
-from dpo_mini.evaluation import evaluate, held_out_accuracy, sequence_kl
+from dpo_mini.curation import pairs_from_samples
+from dpo_mini.data import preference_pairs, read_rows, tokenize_pairs, write_jsonl
+from dpo_mini.evaluation import distinct_n, evaluate, held_out_accuracy, sequence_kl
+from dpo_mini.losses import PairLogps, dpo_loss, preference_metrics
 from dpo_mini.models import EMBEDDED, context_length, load_model, model_card, save_model
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
@@ -38,16 +34,33 @@ def sampled_pairs(
     return pairs_from_samples(samples, rewards, labels, seed)
 
 
-def sample_monitor(reference, tokenizer, prompts, reward, max_new_tokens=40, seed=7):
-    """A monitor for `train`: P(positive) and sequence KL of fresh samples of the model."""
+def sample_monitor(
+    reference, tokenizer, prompts, reward, judge=None, pairs=(), beta=0.1, max_new_tokens=40, seed=7
+):
+    """A monitor for `train`: what fresh samples of the model are like, and, for held-out `pairs`
+    (tokenized), its DPO loss and how many it ranks rightly.
 
-    def monitor(model) -> dict:
+    The same random numbers every time, so that what changes is the model.
+    """
+    reference_pairs = reference_logps(reference, pairs) if pairs else None
+
+    def monitor(model, log) -> dict:
         drawn = sample_completions(model, tokenizer, prompts, 1, max_new_tokens, seed=seed)
         completions = [row[0] for row in drawn]
-        return {
-            "reward": reward([c.full_text for c in completions]).sigmoid().mean().item(),
+        texts = [c.full_text for c in completions]
+        values = {
+            "reward": reward(texts).sigmoid().mean().item(),
             "kl": sequence_kl(model, reference, completions).mean().item(),
+            "distinct_2": distinct_n([c.text for c in completions]),
         }
+        if judge:
+            values["judge"] = judge(texts).sigmoid().mean().item()
+        if pairs:
+            logps = PairLogps(*reference_logps(model, pairs).unbind(1), *reference_pairs.unbind(1))
+            metrics = preference_metrics(logps, beta)
+            values["held_out/loss"] = dpo_loss(logps, beta).mean().item()
+            values["held_out/accuracies"] = metrics["rewards/accuracies"].mean().item()
+        return values
 
     return monitor
 
@@ -93,7 +106,9 @@ def demo(
     log = train_preferences(
         policy, tokenize_pairs(pairs, tokenizer, length), config, beta=beta,
         output=output, resume=resume, progress=progress,
-        monitor=sample_monitor(reference, tokenizer, test_prompts[:64], reward, max_new_tokens),
+        monitor=sample_monitor(
+            reference, tokenizer, test_prompts[:64], reward, judge, max_new_tokens=max_new_tokens
+        ),
     )  # fmt: skip
 
     report, rows = evaluate(

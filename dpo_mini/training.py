@@ -59,7 +59,7 @@ def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Ob
         rows, index = different_rows(pairs)
         device = next(model.parameters()).device
         policy = sequence_logps(model, *collate(rows).to(device))[index.to(device)]
-        reference = torch.tensor(reference, device=device)
+        reference = torch.tensor(reference, device=device, dtype=policy.dtype)
         logps = PairLogps(*policy.unbind(1), *reference.unbind(1))
         return loss(logps).sum(), preference_metrics(logps, beta)
 
@@ -175,16 +175,16 @@ def train(
     policy = accelerator.prepare_model(model)
 
     def watch():
-        values = monitor(model) if monitor and main else {}
+        log[-1] |= monitor(model, log) if monitor and main else {}
         accelerator.wait_for_everyone()
-        return values
 
     def save():
         if checkpoint and main:
             save_checkpoint(checkpoint, parameters, optimizer, identity, log)
 
     if not log:
-        log.append({"step": 0, **watch()})
+        log.append({"step": 0})
+        watch()
         save()
     first = log[-1]["step"]
     bar = tqdm(total=config.steps, initial=first, desc="train", disable=not (progress and main))
@@ -210,7 +210,7 @@ def train(
             optimizer.zero_grad()
             log.append({"step": step, **row, "grad_norm": norm, "learning_rate": rate})
             if last or step % config.monitor_every == 0:
-                log[-1] |= watch()
+                watch()
             if last or stop or step % config.checkpoint_every == 0:
                 save()
             bar.update()

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from dpo_mini.curation import pairs_from_samples
 from dpo_mini.data import (
     DataError,
     PreferencePair,
     collate,
-    pairs_from_samples,
     preference_pairs,
     read_rows,
     tokenize_pairs,

@@ -111,7 +111,7 @@ def test_the_readme_names_its_commands(command):
 def test_no_floor_imports_a_floor_above_it():
     floors = [
         ["hub", "losses", "data", "checkpoints", "exact"],
-        ["logprobs", "models"],
+        ["logprobs", "models", "curation"],
         ["sampling", "rewards"],
         ["training", "evaluation"],
         ["demo", "cli"],

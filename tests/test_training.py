@@ -178,7 +178,9 @@ def test_sft_lowers_the_loss_of_the_completion_only():
 
 
 def test_monitor_joins_the_log():
-    log = train_preferences(fresh(), random_pairs(8), CONFIG, monitor=lambda model: {"kl": 1.5})
+    log = train_preferences(
+        fresh(), random_pairs(8), CONFIG, monitor=lambda model, log: {"kl": 1.5}
+    )
     assert [r["step"] for r in log if "kl" in r] == [0, 3, 6]
 
 
@@ -189,7 +191,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 
     calls = []
 
-    def dies_in_the_middle(model):
+    def dies_in_the_middle(model, log):
         calls.append(1)
         if len(calls) == 2:  # after step 3; the last checkpoint is that of step 2
             raise RuntimeError("killed")
@@ -215,7 +217,7 @@ slow = float(sys.argv[2])
 config = TrainingConfig(steps=30, batch_size=8, learning_rate=1e-3, warmup_steps=2,
                         checkpoint_every=1, monitor_every=1)
 train_preferences(model, random_pairs(16), config, output=sys.argv[1],
-                  resume="--resume" in sys.argv, monitor=lambda m: time.sleep(slow) or {{}})
+                  resume="--resume" in sys.argv, monitor=lambda m, log: time.sleep(slow) or {{}})
 torch.save([p.detach() for p in model.parameters()], sys.argv[1] + "/final.pt")
 """
 
@@ -270,7 +272,7 @@ def test_ctrl_c_stops_after_a_whole_step(tmp_path):
     with pytest.raises(TrainingInterrupted, match="Stopped after step 4 of 6"):
         train_preferences(
             fresh(), random_pairs(8), CONFIG, output=tmp_path,
-            monitor=lambda m: calls.append(1) or (press(m) if len(calls) == 2 else {}),
+            monitor=lambda m, log: calls.append(1) or (press(m) if len(calls) == 2 else {}),
         )  # fmt: skip
     assert training.saved_step(tmp_path / "checkpoint.safetensors") == 4
 

@@ -14,59 +14,60 @@ STYLE = {
 }  # fmt: skip
 
 
-def training_figure(log: list[dict]) -> Figure:
-    """How a preference run went: loss, margin, accuracy, the two log-probabilities, reward and KL
-    of fresh samples.
+def training_figure(log: list[dict], title: str | None = None) -> Figure:
+    """How a preference run went, in eight pictures: what the batches said (faint, and its running
+    mean), and what was measured now and then on held-out pairs and fresh samples (dots).
     """
     steps = [row for row in log if "loss" in row]
-    watched = [row for row in log if "kl" in row]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 3)
-
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    axes = figure.subplots(2, 4)
+    loss, rewards, accuracy, norm, logps, reward, kl, variety = axes.flat
     window = max(1, len(steps) // 15)
 
-    def curve(axis, key, colour, label=None):
-        """What each batch said, faint, and its mean over the last `window` batches."""
+    def curve(axis, key, colour, label):
         values, x = [r[key] for r in steps], [r["step"] for r in steps]
         recent = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
         axis.plot(x, values, color=colour, alpha=0.2, lw=1)
         axis.plot(x, [sum(r) / len(r) for r in recent], color=colour, label=label, lw=2)
 
-    loss, margin, accuracy, logps, reward, kl = axes.flat
-    curve(loss, "loss", BLUE)
-    loss.axhline(0.6931, color=GREY, ls=":", lw=1)
-    loss.text(
-        0.98,
-        0.6931,
-        "log 2: knows nothing ",
-        color=GREY,
-        ha="right",
-        va="bottom",
-        transform=loss.get_yaxis_transform(),
-    )
-    loss.set_title("Loss (nats)")
-    curve(margin, "rewards/chosen", GREEN, "chosen")
-    curve(margin, "rewards/rejected", VERMILION, "rejected")
-    curve(margin, "rewards/margins", BLUE, "margin")
-    margin.set_title("Implicit rewards")
-    curve(accuracy, "rewards/accuracies", BLUE)
+    def dots(axis, key, colour, label):
+        watched = [(r["step"], r[key]) for r in log if key in r]
+        if watched:
+            axis.plot(*zip(*watched), "o-", color=colour, label=label, ms=4, lw=1.5)
+
+    loss.axhline(0.6931, color=GREY, ls=":", lw=1, label="log 2: knows nothing")
+    curve(loss, "loss", BLUE, "batch")
+    dots(loss, "held_out/loss", ORANGE, "held out")
+    curve(rewards, "rewards/chosen", GREEN, "chosen")
+    curve(rewards, "rewards/rejected", VERMILION, "rejected")
+    curve(rewards, "rewards/margins", BLUE, "margin")
     accuracy.axhline(0.5, color=GREY, ls=":", lw=1)
-    accuracy.set_ylim(0.3, 1.02)
-    accuracy.set_title("Pairs ranked rightly")
+    curve(accuracy, "rewards/accuracies", BLUE, "batch")
+    dots(accuracy, "held_out/accuracies", ORANGE, "held out")
+    curve(norm, "grad_norm", BLUE, None)
     curve(logps, "logps/chosen", GREEN, "chosen")
     curve(logps, "logps/rejected", VERMILION, "rejected")
-    logps.set_title("Log-probabilities (nats)")
-    if watched:
-        for axis, key, colour in ((reward, "reward", GREEN), (kl, "kl", ORANGE)):
-            axis.plot([r["step"] for r in watched], [r[key] for r in watched], "o-", color=colour)
+    dots(reward, "reward", GREEN, "reward")
+    dots(reward, "judge", ORANGE, "second judge")
+    dots(kl, "kl", BLUE, None)
+    dots(variety, "distinct_2", BLUE, None)
+    accuracy.set_ylim(0.3, 1.02)
     reward.set_ylim(0, 1)
-    reward.set_title("P(positive) of fresh samples")
-    kl.set_title("KL from the reference (nats)")
-    for axis in (margin, logps):
-        axis.legend(frameon=False)
-    for axis in axes.flat:
-        axis.set_xlabel("step")
+    variety.set_ylim(0, 1)
+    names = (
+        "Loss (nats)", "Implicit rewards", "Pairs ranked rightly", "Gradient norm",
+        "Log-probabilities (nats)", "P(positive), fresh samples", "KL from reference (nats)",
+        "Distinct word pairs",
+    )  # fmt: skip
+    for axis, name in zip(axes.flat, names):
+        axis.set_title(name, fontsize=11, fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=9)
+    for axis in axes[1]:
+        axis.set_xlabel("step", fontsize=9)
+    figure.suptitle(title)
     return figure
 
 

@@ -1,0 +1,290 @@
+"""Runs that take longer than a notebook should, and the one run that all of them repeat.
+
+    python -m dpo_mini.course.studies beta_sweep
+
+Every finished run is kept in runs/studies, so that a study that was stopped goes on where it was;
+the whole is written to notebooks/results/NAME.json, with the command that made it.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from dpo_mini import curation
+from dpo_mini.checkpoints import TrainingError
+from dpo_mini.data import (
+    PreferencePair,
+    preference_pairs,
+    read_rows,
+    tokenize_pairs,
+    write_jsonl,
+)
+from dpo_mini.demo import DEMO_CONFIG, sample_monitor, sampled_pairs
+from dpo_mini.evaluation import evaluate
+from dpo_mini.models import context_length, load_model
+from dpo_mini.rewards import load_judge, load_prompts, load_reward
+from dpo_mini.training import TrainingConfig, preference_objective, train, train_preferences
+
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One DPO run of the embedded model, whole: the same setting gives the same run."""
+
+    name: str = "healthy"
+    seed: int = 0  # of samples, order and evaluation
+    prompts: int = 1100  # of each four completions, six pairs
+    labels: str = "reward"  # see `curated`
+    noise: float = 0.0  # share of labels turned round
+    keep: str = "all"  # see `curated`
+    reference: str = "fixed"  # "none": its log-probabilities are taken as 0
+    beta: float = 0.45
+    learning_rate: float = DEMO_CONFIG.learning_rate
+    schedule: str = DEMO_CONFIG.schedule
+    steps: int = DEMO_CONFIG.steps
+    watch_every: int = 25
+    watched_prompts: int = 64  # held-out prompts sampled while it trains
+    evaluated_prompts: int = 256  # and after it
+
+
+def curated(pairs: list[PreferencePair], setting: Setting) -> list[PreferencePair]:
+    """The pairs as `setting` labels, disturbs and keeps them."""
+    relabelled = {
+        "reward": lambda: pairs,
+        "opposite": lambda: [curation.swapped(pair) for pair in pairs],
+        "judge": lambda: curation.relabel(pairs, load_judge()),
+        "length": lambda: curation.relabel(pairs, characters),
+        "bradley-terry": lambda: curation.draw_labels(pairs, setting.seed),
+    }[setting.labels]()
+    kept = {
+        "all": lambda: relabelled,
+        "clear": lambda: curation.clear_pairs(relabelled, gap=1.0),
+        "unclear": lambda: [p for p in relabelled if curation.reward_gap(p) < 0.5],
+        "best-worst": lambda: curation.best_and_worst(relabelled),
+        "without near-duplicates": lambda: curation.without_near_duplicates(relabelled, 0.3),
+    }[setting.keep]()
+    return curation.flip_labels(kept, setting.noise, setting.seed) if setting.noise else kept
+
+
+def characters(texts: list[str]) -> torch.Tensor:
+    """A labeller that prefers the longer text."""
+    return torch.tensor([float(len(text)) for text in texts])
+
+
+def labelled_pairs(prompts: list[str], seed: int, folder: Path | None = None):
+    """Pairs of the reference's samples, all six of each prompt's four, labelled by the reward; kept
+    in `folder` for the next setting of the same study.
+    """
+    mark = hashlib.sha256(json.dumps([prompts, MAX_NEW_TOKENS]).encode()).hexdigest()[:8]
+    path = folder and folder / f"pairs-{seed}-{mark}.jsonl"
+    if path and path.exists():
+        return preference_pairs(read_rows(path))
+    pairs, _ = sampled_pairs(
+        *load_model(), prompts, load_reward(), 4, MAX_NEW_TOKENS, seed=seed, progress=False
+    )
+    if path:
+        write_jsonl(path, pairs)
+    return pairs
+
+
+def run(setting: Setting, folder: Path | None = None) -> dict:
+    """Train as `setting` says and evaluate: {"setting", "log", "report"}, the log as columns.
+
+    A run that training stopped (its loss was no longer a number) has the sentence as "error", and
+    the log up to the last time that it was watched.
+    """
+    (policy, tokenizer), (reference, _) = load_model(), load_model()
+    reward, judge, held_out = load_reward(), load_judge(), load_prompts("held_out")
+    length = context_length(policy)
+    pairs = labelled_pairs(load_prompts("train")[: setting.prompts], setting.seed, folder)
+    pairs = tokenize_pairs(curated(pairs, setting), tokenizer, length)
+    watched = held_out[: setting.watched_prompts]
+    unseen = tokenize_pairs(labelled_pairs(watched[:32], 1000, folder), tokenizer, length)
+    config = TrainingConfig(
+        steps=setting.steps,
+        batch_size=DEMO_CONFIG.batch_size,
+        block_size=DEMO_CONFIG.block_size if setting.keep != "best-worst" else 1,
+        learning_rate=setting.learning_rate,
+        schedule=setting.schedule,
+        warmup_steps=DEMO_CONFIG.warmup_steps,
+        monitor_every=setting.watch_every,
+        seed=setting.seed,
+    )
+    watch = sample_monitor(
+        reference, tokenizer, watched, reward, judge, unseen, setting.beta, MAX_NEW_TOKENS
+    )
+    seen = []
+
+    def monitor(model, log):
+        values = watch(model, log)
+        seen[:] = [*log[:-1], {**log[-1], **values}]
+        return values
+
+    result = {"setting": asdict(setting)}
+    try:
+        if setting.reference == "none":
+            from dpo_mini.losses import dpo_loss
+
+            def loss(logps):
+                return dpo_loss(logps, setting.beta)
+
+            items = [(pair, (0.0, 0.0)) for pair in pairs]
+            objective = preference_objective(loss, setting.beta)
+            log = train(policy, items, objective, config, monitor=monitor)
+        else:
+            log = train_preferences(policy, pairs, config, beta=setting.beta, monitor=monitor)
+    except TrainingError as error:
+        return result | {"log": columns(seen), "error": str(error)}
+    report, rows = evaluate(
+        policy, reference, tokenizer, held_out[: setting.evaluated_prompts], reward, judge,
+        max_new_tokens=MAX_NEW_TOKENS, seed=setting.seed + 1,
+    )  # fmt: skip
+    samples = [row["policy"] for row in rows[:3]]
+    return result | {"log": columns(log), "report": rounded(report), "samples": samples}
+
+
+def columns(log: list[dict]) -> dict[str, list]:
+    """A log as one list a number, None where a row lacks it."""
+    names = dict.fromkeys(name for row in log for name in row)
+    return rounded({name: [row.get(name) for row in log] for name in names})
+
+
+def rows(columns: dict[str, list]) -> list[dict]:
+    """The inverse of `columns`: a log as `training_figure` draws it."""
+    table = zip(*columns.values())
+    return [{k: v for k, v in zip(columns, row) if v is not None} for row in table]
+
+
+def rounded(value):
+    """Numbers with five digits, inside lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+# --- the studies ---
+
+BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+SHORT = Setting(prompts=560, steps=140, watch_every=20)
+FAILURES = (
+    SHORT,
+    replace(SHORT, name="learning rate too high", learning_rate=5e-3),
+    replace(SHORT, name="learning rate too low", learning_rate=2e-6),
+    replace(SHORT, name="beta too low", beta=0.01),
+    replace(SHORT, name="noisy labels", noise=0.45),
+    replace(SHORT, name="duplicated pairs", prompts=12),
+    replace(SHORT, name="labels swapped", labels="opposite"),
+    replace(SHORT, name="no reference", reference="none"),
+)
+UNSEEN = tuple(
+    replace(setting, seed=1, **changes)
+    for setting, changes in zip(
+        FAILURES,
+        (
+            {},
+            {"learning_rate": 2e-3},
+            {"learning_rate": 5e-6},
+            {"beta": 0.02},
+            {"noise": 0.5},
+            {"prompts": 8},
+            {},
+            {},
+        ),
+    )
+)
+BARE = replace(SHORT, watch_every=SHORT.steps)
+CURATIONS = (
+    replace(BARE, name="all pairs"),
+    replace(BARE, name="20% of labels turned round", noise=0.2),
+    replace(BARE, name="40% of labels turned round", noise=0.4),
+    replace(BARE, name="Bradley-Terry labels", labels="bradley-terry"),
+    replace(BARE, name="gap of 1 or more", keep="clear"),
+    replace(BARE, name="gap under 0.5", keep="unclear"),
+    replace(BARE, name="best and worst of four", keep="best-worst"),
+    replace(BARE, name="the second judge's labels", labels="judge"),
+)
+LONG = Setting(
+    name="too long", prompts=400, beta=0.1, steps=600, schedule="constant", watch_every=50
+)
+
+
+def seeds(settings, count):
+    return [replace(setting, seed=seed) for seed in range(count) for setting in settings]
+
+
+SWEEP = tuple(Setting(name=f"beta {beta:g}", beta=beta, watch_every=55) for beta in BETAS)
+STUDIES = {
+    "beta_sweep": seeds(SWEEP, 3) + [replace(SWEEP[3], seed=seed) for seed in (3, 4)],
+    "failures": FAILURES,
+    "unseen": UNSEEN,
+    "curation": seeds(CURATIONS, 3),
+    "too_long": seeds([LONG], 3),
+}
+
+
+def study(name: str, folder: Path, workers: int = 1) -> list[dict]:
+    """The results of all of a study's runs, in its order; those already in `folder` are read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {s: folder / f"{name}-{mark(s)}.json" for s in STUDIES[name]}
+    todo = [s for s in paths if not paths[s].exists()]
+    for setting in todo:  # sampled once, before several processes want the same pairs
+        labelled_pairs(load_prompts("train")[: setting.prompts], setting.seed, folder)
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), torch.set_num_threads, (threads,)
+    ) as pool:
+        jobs = {pool.submit(run, setting, folder): setting for setting in todo}
+        for i, job in enumerate(as_completed(jobs), start=1):
+            setting, result = jobs[job], job.result()
+            paths[setting].write_text(json.dumps(result), encoding="utf-8")
+            print(f"{i} of {len(todo)}: {setting.name}, seed {setting.seed}: {brief(result)}")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
+
+
+def mark(setting: Setting) -> str:
+    return hashlib.sha256(json.dumps(asdict(setting)).encode()).hexdigest()[:12]
+
+
+def brief(result: dict) -> str:
+    report = result.get("report")
+    if not report:
+        return result["error"]
+    means = {k: report[k]["mean"] for k in ("reward_policy", "judge_policy", "kl")}
+    return "P(positive) {reward_policy:.3f}, judge {judge_policy:.3f}, KL {kl:.2f}".format(**means)
+
+
+def stored(path) -> dict:
+    """A study's file as `main` wrote it."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser("python -m dpo_mini.course.studies", description=__doc__)
+    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("--output", default="notebooks/results", help="folder for NAME.json")
+    parser.add_argument("--folder", default="runs/studies", help="folder for the runs")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once")
+    args = parser.parse_args(argv)
+    results = study(args.name, Path(args.folder), args.workers)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    made = {
+        "command": f"python -m dpo_mini.course.studies {args.name}",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+    (output / f"{args.name}.json").write_text(json.dumps(made | {"runs": results}), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

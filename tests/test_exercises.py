@@ -1,0 +1,173 @@
+"""The exercises: every check rejects what is wrong and says why, and every solution passes."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from dpo_mini.course import checks
+from dpo_mini.course.checks import engine, matrix
+from dpo_mini.course.exercises import REGION
+
+ROOT = Path(__file__).resolve().parents[1]
+EXERCISES = [e for chapter in checks.CHAPTERS for e in checks.exercises(chapter)]
+SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
+by_id = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.id)
+by_notebook = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+
+
+@by_id
+def test_a_check_rejects_every_wrong_answer_and_names_it(exercise):
+    at_least = {"implement": 8, "derive": 6}.get(exercise.kind, 4)
+    assert len(exercise.wrong) >= at_least
+    assert len({w.name for w in exercise.wrong}) == len(exercise.wrong)
+    for seed in (1, 2):
+        row = matrix.row(exercise, seed)
+        assert row["accepted"] == [] and row["cheats accepted"] == []
+        assert len(row["named"]) >= 0.9 * len(exercise.wrong), set(row["rejected"]) - set(
+            row["named"]
+        )
+        assert all(row["right"])
+    if exercise.kind in ("implement", "derive"):
+        assert len(exercise.others) >= 2
+
+
+@by_id
+def test_a_check_answers_nonsense_with_a_sentence(exercise):
+    def recursive(*arguments):
+        return recursive(*arguments)
+
+    nonsense = [
+        None, 3, lambda: None, lambda *a: None, lambda *a: "yes", lambda *a: torch.ones(7, 9),
+        lambda *a: 1 / 0, lambda *a: [], lambda *a: {"a": 1}, lambda *a: float("nan"),
+        lambda *a: a, lambda *a: sys.exit(), recursive, lambda *a: torch.ones(3).long(),
+    ]  # fmt: skip
+    for answer in nonsense:
+        verdict = engine.examine(exercise, answer, seed=3)
+        assert not verdict.solved and len(verdict.message) > 20, answer
+        assert "Traceback" not in verdict.message
+
+    def unwritten(*arguments):
+        raise NotImplementedError()
+
+    assert "nothing is written" in engine.examine(exercise, unwritten).message
+
+
+@by_id
+def test_a_hint_is_a_sentence_that_does_not_give_the_answer_away(exercise):
+    assert exercise.kind in engine.KINDS
+    for wrong in exercise.wrong:
+        assert wrong.hint[-1] in ".?!" and 15 < len(wrong.hint) < 300, wrong.name
+
+
+def cells(path, exercise):
+    """Text, answer and check of an exercise in a notebook."""
+    notebook = nbformat.read(path, as_version=4)
+    at = next(
+        i for i, cell in enumerate(notebook.cells)
+        if cell.cell_type == "markdown" and cell.source.startswith(f"## {exercise.id} ")
+    )  # fmt: skip
+    return notebook.cells[at : at + 3]
+
+
+@by_id
+def test_an_exercise_says_what_it_wants(exercise):
+    (path,) = [p for p in SOLUTIONS if p.stem.startswith(exercise.id[:2])]
+    text, answer, check = (cell.source for cell in cells(path, exercise))
+    assert text.startswith(f"## {exercise.id} {exercise.title}\n")
+    facts = (
+        f"**{exercise.kind.capitalize()}** · difficulty {exercise.difficulty} of 5 · importance "
+        f"{exercise.importance} of 5 · {exercise.minutes} minutes"
+        + (" · workshop" if exercise.workshop else "")
+    )
+    assert facts in text
+    for part in ("**Example**", "**Why it matters**"):
+        assert part in text, part
+    assert text.count("<details>") >= 2
+    assert "### BEGIN SOLUTION" in answer and f'check("{exercise.id}", ' in check
+
+
+def test_there_are_enough_of_them():
+    chapters = {e.id[:2] for e in EXERCISES}
+    assert chapters == {p.stem[:2] for p in SOLUTIONS}
+    for chapter in chapters:
+        assert 3 <= len([e for e in EXERCISES if e.id.startswith(chapter)]) <= 6
+
+
+def test_exercises_are_what_the_solutions_give():
+    command = [sys.executable, "-m", "dpo_mini.course.exercises", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_kill_matrix_is_current():
+    assert (ROOT / "solutions" / "KILL_MATRIX.md").read_text(encoding="utf-8") == matrix.page()
+
+
+def run_notebook(path, tmp_path, monkeypatch, capsys):
+    """All code cells of a notebook in one namespace; returns what it printed and the progress."""
+    monkeypatch.chdir(path.parent)
+    progress = tmp_path / "progress.json"
+    monkeypatch.setattr(checks, "PROGRESS", progress)
+    namespace = {"__name__": "__main__"}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"<{path.stem}>", "exec"), namespace)
+    return capsys.readouterr().out, checks.read_progress(progress)
+
+
+@by_notebook
+def test_the_learners_copy_is_unsolved_and_nothing_in_it_crashes(
+    path, tmp_path, monkeypatch, capsys
+):
+    said, progress = run_notebook(ROOT / "exercises" / path.name, tmp_path, monkeypatch, capsys)
+    mine = [e for e in EXERCISES if e.id.startswith(path.stem[:2])]
+    assert said.count("not yet: nothing is written here so far") == len(mine)
+    assert progress == {}
+
+
+@by_notebook
+def test_the_solutions_solve_it(path, tmp_path, monkeypatch, capsys):
+    said, progress = run_notebook(path, tmp_path, monkeypatch, capsys)
+    mine = {e.id for e in EXERCISES if e.id.startswith(path.stem[:2])}
+    assert {id for id, row in progress.items() if row["solved"]} == mine, said
+
+
+@by_notebook
+def test_a_solution_has_no_import_that_the_learners_copy_lacks(path):
+    """What a solution needs is imported outside its region, so that a learner has it too."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        for region in re.finditer(REGION, cell.source):
+            body = region.group(0)
+            indented = "def f():\n" + body if body.startswith((" ", "\t")) else body
+            tree = ast.walk(ast.parse(indented))
+            assert not [n for n in tree if isinstance(n, (ast.Import, ast.ImportFrom))]
+
+
+def test_progress_survives_bad_files_and_counts_tries(tmp_path, capsys):
+    path = tmp_path / "progress.json"
+    path.write_text("{ not json")
+    checks.record("03.3", engine.Verdict(False, "no reference", "not yet"), path)
+    checks.record("03.3", engine.Verdict(True, None, "solved."), path)
+    checks.record("03.3", engine.Verdict(False, None, "not yet"), path)
+    row = {"solved": True, "tries": 3, "mistakes": ["no reference"]}
+    assert checks.read_progress(path) == {"03.3": row}
+    checks.progress("03", path)
+    assert "1 of " in (said := capsys.readouterr().out) and "Next: 03.1" in said
+
+
+def test_strict_checks_raise(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPO_MINI_CHECKS", "strict")
+    monkeypatch.setattr(checks, "PROGRESS", tmp_path / "progress.json")
+    with pytest.raises(AssertionError, match="03.3"):
+        checks.check("03.3", lambda *a: a[0])
+
+
+def test_an_unknown_exercise_is_named():
+    with pytest.raises(KeyError, match="03.1"):
+        checks.exercise("03.9")
