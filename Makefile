@@ -6,14 +6,15 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 ARGS ?=
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
-.PHONY: demo test test-fast notebooks lab lock clean
+.PHONY: demo test test-fast notebooks exercises lab lock clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
 	$(BIN)/dpo-mini demo $(ARGS)
 
-test: $(VENV)/test.done  ## everything: the library, then every notebook
+test: $(VENV)/test.done  ## everything: the library, then every notebook and solution
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest $(NBVAL) notebooks
+	DPO_MINI_CHECKS=strict DPO_MINI_PROGRESS=$(CURDIR)/$(VENV)/progress.json $(BIN)/python -m pytest $(NBVAL) solutions
 
 test-fast: $(VENV)/test.done  ## what takes seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -40,6 +41,10 @@ $(VENV)/lab.done: $(VENV)/core.done
 $(VENV)/test.done: $(VENV)/core.done
 	$(INSTALL) '.[test]'
 	@touch $@
+
+exercises: $(VENV)/test.done  ## write exercises/ and the kill matrix from solutions/
+	$(BIN)/python -m dpo_mini.course.exercises
+	$(BIN)/python -m dpo_mini.course.checks.matrix
 
 lock:  ## pin what a fresh environment with every extra gets
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -131,20 +131,14 @@ def run_prompts(args) -> dict:
 
 
 def run_sft(args) -> dict:
-    from dpo_mini.data import read_texts, with_one_eos
+    from dpo_mini.data import read_texts, text_items
     from dpo_mini.models import context_length, load_model, model_card, save_model
     from dpo_mini.training import sft_objective, train
 
     prepare_output(args)
     model, tokenizer = load_model(args.model)
-    length = min(args.max_length, context_length(model))
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    items = []
-    for text in read_texts(args.dataset, args.split):
-        ids = with_one_eos(
-            tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-        )
-        items.append(([start], ids[: length - 1]))
+    texts = read_texts(args.dataset, args.split)
+    items = text_items(texts, tokenizer, min(args.max_length, context_length(model)))
     steps = args.steps or max(1, len(items) // args.batch_size)
     config = training_config(args, steps=steps)
     model = with_lora(model, args.lora)

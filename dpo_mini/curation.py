@@ -169,9 +169,10 @@ def conversational(pair: PreferencePair) -> dict:
 
 
 def llama_factory(pair: PreferencePair) -> dict:
-    """The pair as a row of LLaMA-Factory's ShareGPT preference format (`ranking: true`)."""
+    """The pair as a row of LLaMA-Factory's Alpaca preference format (`"ranking": true`)."""
     return {
-        "conversations": [{"from": "human", "value": pair.prompt}],
-        "chosen": {"from": "gpt", "value": pair.chosen},
-        "rejected": {"from": "gpt", "value": pair.rejected},
+        "instruction": pair.prompt,
+        "input": "",
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
     }

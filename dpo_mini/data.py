@@ -217,6 +217,18 @@ def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
     return [*ids, eos]
 
 
+def text_items(
+    texts: Sequence[str], tokenizer, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Texts as (prompt ids, completion ids) for SFT: all tokens, and EOS, after BOS alone (EOS
+    where there is no BOS); cut to `max_length` tokens.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = [bos if bos is not None else eos]
+    rows = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return [(start, with_one_eos(ids, eos)[: max_length - 1]) for ids in rows]
+
+
 class Batch(NamedTuple):
     """Padded sequences: three int64 tensors [batch, length], the masks 1 on what they name."""
 

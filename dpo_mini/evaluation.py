@@ -3,6 +3,8 @@ rate, diversity.
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,6 +103,28 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
         for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / max(1, len(grams))
+
+
+def shifted_words(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, float]]:
+    """How much more often each word occurs after than before: (word, z), the most gained first.
+
+    z is the log-odds ratio over its standard error, with the words' overall frequencies as a prior
+    of as many words as one text collection has on average (Monroe, Colaresi and Quinn 2008).
+    """
+    old, new = (Counter(re.findall(r"[a-z']+", " ".join(t).lower())) for t in (before, after))
+    n_old, n_new = old.total(), new.total()
+    prior_share = 0.5  # pooled counts, halved: as large as one collection
+    scores = {}
+    for word in old | new:
+        prior = prior_share * (old[word] + new[word])
+        n_prior = prior_share * (n_old + n_new)
+        odds = [
+            (count[word] + prior) / (n + n_prior - count[word] - prior)
+            for count, n in ((old, n_old), (new, n_new))
+        ]
+        error = math.sqrt(1 / (old[word] + prior) + 1 / (new[word] + prior))
+        scores[word] = math.log(odds[1] / odds[0]) / error
+    return sorted(scores.items(), key=lambda item: -item[1])
 
 
 def evaluate(

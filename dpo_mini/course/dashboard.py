@@ -36,6 +36,18 @@ def cell(text: str, chance: float) -> str:
     )
 
 
+def heat_map(tokens: list[str], values: list[float], scale: float) -> str:
+    """A text whose tokens are coloured by their value: blue above 0, orange below; `scale` is the
+    value at which the colour is full. The number appears when the pointer rests on a token.
+    """
+    spans = "".join(
+        f'<span title="{value:+.2f}" style="color:#000;background:'
+        f'{shade(0.5 + max(-0.5, min(0.5, value / scale / 2)))}">{escape(token)}</span>'
+        for token, value in zip(tokens, values)
+    )
+    return f'<p style="line-height:1.8">{spans} <b>{sum(values):+.2f}</b></p>'
+
+
 def shade(chance: float) -> str:
     """0: orange, 1/2: white, 1: blue; pale, so that black letters stay readable."""
     end = (0, 114, 178) if chance > 0.5 else (213, 94, 0)

@@ -150,3 +150,44 @@ def explore(draw: Callable[..., str], **sliders: tuple):
     still = view.value[: view.value.index("</svg>") + len("</svg>")]
     display({**live, "image/svg+xml": still, "text/plain": "A picture with sliders"}, raw=True)
     return box
+
+
+def label_yourself(pairs: Sequence, seed: int = 0):
+    """Buttons to choose the better of two texts, pair by pair; returns (box, choices).
+
+    `choices` grows with every press: True where the press agreed with the pair's label. Which side
+    the chosen text stands on is drawn anew for each pair, so that position tells nothing.
+    """
+    import random
+
+    import ipywidgets as ipw
+
+    choices: list[bool] = []
+    sides = random.Random(seed)
+    left_is_chosen = [sides.random() < 0.5 for _ in pairs]
+    text = ipw.HTML()
+    left, right = ipw.Button(description="the left one"), ipw.Button(description="the right one")
+
+    def draw():
+        if len(choices) == len(pairs):
+            text.value = f"You agree with the label in {sum(choices)} of {len(pairs)} pairs."
+            left.disabled = right.disabled = True
+            return
+        pair = pairs[len(choices)]
+        ends = (pair.chosen, pair.rejected) if left_is_chosen[len(choices)] else (
+            pair.rejected, pair.chosen
+        )  # fmt: skip
+        cells = "".join(f"<td style='width:50%;vertical-align:top'>{escape(e)}</td>" for e in ends)
+        text.value = (
+            f"<p>Pair {len(choices) + 1} of {len(pairs)}: <b>{escape(pair.prompt)}</b> … "
+            f"Which one is the more positive review?</p><table><tr>{cells}</tr></table>"
+        )
+
+    def press(button):
+        choices.append((button is left) == left_is_chosen[len(choices)])
+        draw()
+
+    left.on_click(press)
+    right.on_click(press)
+    draw()
+    return ipw.VBox([text, ipw.HBox([left, right])]), choices
