@@ -143,7 +143,7 @@ def complaint(expected: Outcome, got: Outcome, tolerance: float) -> str | None:
     return None
 
 
-def difference(expected, got, tolerance: float) -> str | None:
+def difference(expected, got, tolerance: float, equal_nan: bool = False) -> str | None:
     """How two values differ, in a sentence; None where they do not."""
     if got is None:
         return "your function returns None: is the `return` missing?"
@@ -156,18 +156,18 @@ def difference(expected, got, tolerance: float) -> str | None:
             return f"expected {expected.dtype}, as the arguments are; yours is {got.dtype}."
         if got.device != expected.device:
             return f"expected a tensor on {expected.device}, yours is on {got.device}."
-        if not close(expected, got, tolerance):
+        if not close(expected, got, tolerance, equal_nan):
             return f"expected {show(expected)}, yours is {show(got)}."
         return None
     if isinstance(expected, (tuple, list)):
         if not isinstance(got, (tuple, list)) or len(got) != len(expected):
             return f"expected {len(expected)} values, got {describe(got)}."
-        parts = (difference(e, g, tolerance) for e, g in zip(expected, got))
+        parts = (difference(e, g, tolerance, equal_nan) for e, g in zip(expected, got))
         return next((f"value {i + 1}: {p}" for i, p in enumerate(parts) if p), None)
     if isinstance(expected, dict):
         if not isinstance(got, dict) or set(got) != set(expected):
             return f"expected a dictionary with the keys {sorted(expected)}, got {describe(got)}."
-        parts = [(k, difference(expected[k], got[k], tolerance)) for k in expected]
+        parts = [(k, difference(expected[k], got[k], tolerance, equal_nan)) for k in expected]
         return "; ".join(f"{k!r}: {p}" for k, p in parts if p) or None
     if isinstance(expected, sympy.Basic):
         return symbolic_difference(expected, got)
@@ -219,7 +219,7 @@ def same(one: Outcome, other: Outcome, tolerance: float) -> bool:
     if isinstance(one.value, dict) and isinstance(other.value, dict):
         return all(other.value.get(key) == entry for key, entry in one.value.items())
     return (
-        difference(one.value, other.value, tolerance) is None
+        difference(one.value, other.value, tolerance, equal_nan=True) is None
         and one.differentiable == other.differentiable
         and all(close(a, b, tolerance, True) for a, b in zip(one.gradients, other.gradients))
     )
