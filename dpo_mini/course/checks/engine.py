@@ -217,7 +217,11 @@ def same(one: Outcome, other: Outcome, tolerance: float) -> bool:
     if one.error or other.error:
         return type(one.error) is type(other.error)
     if isinstance(one.value, dict) and isinstance(other.value, dict):
-        return all(other.value.get(key) == entry for key, entry in one.value.items())
+        return all(
+            key in other.value
+            and difference(entry, other.value[key], tolerance, equal_nan=True) is None
+            for key, entry in one.value.items()
+        )
     return (
         difference(one.value, other.value, tolerance, equal_nan=True) is None
         and one.differentiable == other.differentiable
