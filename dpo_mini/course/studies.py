@@ -224,7 +224,7 @@ STUDIES = {
     "beta_sweep": seeds(SWEEP, 3),
     "failures": FAILURES,
     "unseen": UNSEEN,
-    "curation": seeds(CURATIONS, 2),
+    "curation": seeds(CURATIONS, 1),
     "too_long": seeds([LONG], 2),
 }
 

@@ -180,7 +180,6 @@ LIKELIHOOD = Exercise(
     difficulty=2,
     importance=5,
     minutes=10,
-    workshop=True,
 )  # fmt: skip
 
 # --- 01.3 its gradient by hand ---

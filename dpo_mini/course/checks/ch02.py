@@ -82,7 +82,6 @@ TWO_ANSWERS = Exercise(
     difficulty=2,
     importance=5,
     minutes=7,
-    workshop=True,
 )  # fmt: skip
 
 # --- 02.2 KL of two policies ---
@@ -185,7 +184,6 @@ KL = Exercise(
     difficulty=2,
     importance=5,
     minutes=8,
-    workshop=True,
 )  # fmt: skip
 
 # --- 02.3 the optimum, in logarithms ---

@@ -255,7 +255,6 @@ INVISIBLE = Exercise(
     difficulty=2,
     importance=4,
     minutes=5,
-    workshop=True,
 )  # fmt: skip
 
 EXERCISES = (REWARD, LOG_PARTITION, LOSS, INVISIBLE)

@@ -564,7 +564,6 @@ READING = Exercise(
     difficulty=3,
     importance=5,
     minutes=10,
-    workshop=True,
 )  # fmt: skip
 
 EXERCISES = (SLOPE, GRADIENT, METRICS, WHICH_WAY, READING)

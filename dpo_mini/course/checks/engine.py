@@ -104,7 +104,7 @@ def outcome(answer: Callable, case: tuple, seed: int) -> Outcome:
     try:
         value = answer(*arguments)
         tensors = [t for t in flatten(value) if isinstance(t, Tensor) and t.requires_grad]
-        gradients: tuple = ()
+        gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
         if leaves and tensors:
             generator = torch.Generator().manual_seed(seed)
             total = sum(
@@ -148,6 +148,8 @@ def difference(expected, got, tolerance: float, equal_nan: bool = False) -> str 
     if got is None:
         return "your function returns None: is the `return` missing?"
     if isinstance(expected, Tensor):
+        if expected.dim() == 0 and isinstance(got, (int, float)) and not isinstance(got, bool):
+            got = torch.tensor(got, dtype=expected.dtype)
         if not isinstance(got, Tensor):
             return f"expected a tensor of shape {list(expected.shape)}, got {describe(got)}."
         if got.shape != expected.shape:
@@ -165,15 +167,20 @@ def difference(expected, got, tolerance: float, equal_nan: bool = False) -> str 
         parts = (difference(e, g, tolerance, equal_nan) for e, g in zip(expected, got))
         return next((f"value {i + 1}: {p}" for i, p in enumerate(parts) if p), None)
     if isinstance(expected, dict):
-        if not isinstance(got, dict) or set(got) != set(expected):
+        if not isinstance(got, dict):
             return f"expected a dictionary with the keys {sorted(expected)}, got {describe(got)}."
+        if missing := [key for key in expected if key not in got]:
+            return f"your dictionary has no key {missing[0]!r}."
+        if foreign := [key for key in got if key not in expected]:
+            return f"your dictionary has the key {foreign[0]!r}; expected only {sorted(expected)}."
         parts = [(k, difference(expected[k], got[k], tolerance, equal_nan)) for k in expected]
         return "; ".join(f"{k!r}: {p}" for k, p in parts if p) or None
     if isinstance(expected, sympy.Basic):
         return symbolic_difference(expected, got)
     if isinstance(expected, bool) or isinstance(expected, str):
         if type(got) is not type(expected):
-            return f"expected {describe(expected, content=False)}, got {describe(got)}."
+            quotes = ", in quotes" if isinstance(expected, str) else ""
+            return f"expected {describe(expected, content=False)}{quotes}, got {describe(got)}."
         return None if got == expected else f"{got!r} is not it."
     if isinstance(got, Tensor) and got.numel() == 1:
         got = got.item()
@@ -222,10 +229,8 @@ def same(one: Outcome, other: Outcome, tolerance: float) -> bool:
             and difference(entry, other.value[key], tolerance, equal_nan=True) is None
             for key, entry in one.value.items()
         )
-    return (
-        difference(one.value, other.value, tolerance, equal_nan=True) is None
-        and one.differentiable == other.differentiable
-        and all(close(a, b, tolerance, True) for a, b in zip(one.gradients, other.gradients))
+    return difference(one.value, other.value, tolerance, equal_nan=True) is None and all(
+        close(a, b, tolerance, True) for a, b in zip(one.gradients, other.gradients)
     )
 
 
@@ -294,7 +299,7 @@ def describe(value, content: bool = True) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     name = type(value).__name__
-    return f"a {name}, {str(value)[:60]!r}" if content and value is not None else f"a {name}"
+    return f"a {name}, {value!r:.60}" if content and value is not None else f"a {name}"
 
 
 def show(value, digits: int = 5) -> str:
@@ -307,6 +312,9 @@ def show(value, digits: int = 5) -> str:
         return "[" + ", ".join(show(v, digits) for v in value) + "]"
     if isinstance(value, float):
         return f"{value:.{digits}g}"
+    if isinstance(value, dict):
+        entries = [f"{key}: {show(entry, 3)}" for key, entry in list(value.items())[:6]]
+        return "{" + ", ".join(entries) + (", …" if len(value) > 6 else "") + "}"
     if isinstance(value, (tuple, list)):
         names = getattr(value, "_fields", None)
         items = [show(v, digits) for v in value]
