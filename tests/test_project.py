@@ -98,7 +98,7 @@ def test_the_library_is_read_in_one_sitting():
     ]
     lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
     assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 350, lines
-    assert sum(lines.values()) < 1350, lines
+    assert sum(lines.values()) < 1500, lines
 
 
 @pytest.mark.parametrize(

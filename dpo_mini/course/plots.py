@@ -1,5 +1,7 @@
 """Figures, each a pure function from numbers to a matplotlib Figure."""
 
+import io
+
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and on light and dark pages.
@@ -14,12 +16,21 @@ STYLE = {
 }  # fmt: skip
 
 
+class Picture(Figure):
+    """A figure that shows itself in a notebook in which pyplot has not drawn anything yet."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=72, metadata={"Software": None})
+        return buffer.getvalue()
+
+
 def training_figure(log: list[dict], title: str | None = None) -> Figure:
     """How a preference run went, in eight pictures: what the batches said (faint, and its running
     mean), and what was measured now and then on held-out pairs and fresh samples (dots).
     """
     steps = [row for row in log if "loss" in row]
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    figure = Picture(figsize=(13, 5.6), layout="constrained")
     axes = figure.subplots(2, 4)
     loss, rewards, accuracy, norm, logps, reward, kl, variety = axes.flat
     window = max(1, len(steps) // 15)
@@ -51,7 +62,7 @@ def training_figure(log: list[dict], title: str | None = None) -> Figure:
     dots(reward, "judge", ORANGE, "second judge")
     dots(kl, "kl", BLUE, None)
     dots(variety, "distinct_2", BLUE, None)
-    accuracy.set_ylim(0.3, 1.02)
+    accuracy.set_ylim(0, 1.02)
     reward.set_ylim(0, 1)
     variety.set_ylim(0, 1)
     names = (
@@ -76,7 +87,7 @@ def before_after_figure(rows: list[dict]) -> Figure:
 
     `rows`: as in samples.jsonl, with `reward_reference` and `reward_policy`.
     """
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Picture(figsize=(8, 3.2), layout="constrained")
     axis = figure.subplots()
     bins = [i / 20 for i in range(21)]
     for key, colour, label in (

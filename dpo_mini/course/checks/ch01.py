@@ -285,7 +285,7 @@ GRADIENT = Exercise(
     tolerance=1e-8,
     difficulty=3,
     importance=4,
-    minutes=10,
+    minutes=15,
 )  # fmt: skip
 
 # --- 01.4 what comparisons can reveal ---

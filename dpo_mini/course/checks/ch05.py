@@ -309,6 +309,8 @@ STOP = Exercise(
     truth=stop_truth,
     cases=stop_cases,
     wrong=(
+        Wrong("the two stopping points are averaged", lambda P, eps, beta: (2 * P - 1) * sympy.log((1 - eps) / eps) / beta,
+              "The margin that minimises an average of losses is not the average of the margins that minimise each. Average the losses first."),
         Wrong("P is taken for 1", lambda P, e, b: logit(1 - e) / b,
               "That is where cDPO stops on a pair that everybody answers alike. Here the other answer comes too, with chance 1 - P: average both losses."),
         Wrong("eps is taken for 0", lambda P, e, b: logit(P) / b,
@@ -448,7 +450,7 @@ ROBUST = Exercise(
     tolerance=1e-9,
     difficulty=3,
     importance=3,
-    minutes=8,
+    minutes=6,
 )  # fmt: skip
 
 # --- 05.5 coverage ---

@@ -2,6 +2,7 @@
 and where the two differ, it looks for the mistake that would give just these numbers.
 """
 
+import inspect
 import linecache
 import math
 import random
@@ -92,7 +93,7 @@ def examine(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     first = next(i for i, said in enumerate(complaints) if said)
     right = complaints.count(None)
     also = f" ({right} of {len(cases)} cases are right.)" if right else ""
-    where = f"\nThe case: {show_arguments(cases[first])}" if cases[first] else ""
+    where = f"\nThe case: {show_arguments(exercise, cases[first])}" if cases[first] else ""
     return Verdict(False, None, f"not yet: {complaints[first]}{also}{where}")
 
 
@@ -126,6 +127,8 @@ def complaint(expected: Outcome, got: Outcome, tolerance: float) -> str | None:
     """What is wrong with an outcome, in a sentence; None where nothing is."""
     if got.error:
         return raised(got.error)
+    if got.value is None:
+        return "your function returns None: is the `return` missing?"
     said = difference(expected.value, got.value, tolerance)
     if said:
         return said
@@ -146,7 +149,7 @@ def complaint(expected: Outcome, got: Outcome, tolerance: float) -> str | None:
 def difference(expected, got, tolerance: float, equal_nan: bool = False) -> str | None:
     """How two values differ, in a sentence; None where they do not."""
     if got is None:
-        return "your function returns None: is the `return` missing?"
+        return None if expected is None else "expected a value, got None."
     if isinstance(expected, Tensor):
         if expected.dim() == 0 and isinstance(got, (int, float)) and not isinstance(got, bool):
             got = torch.tensor(got, dtype=expected.dtype)
@@ -324,8 +327,10 @@ def show(value, digits: int = 5) -> str:
     return text if len(text) < 200 else text[:200] + " …"
 
 
-def show_arguments(case: tuple) -> str:
-    return "; ".join(show(argument) for argument in case)
+def show_arguments(exercise: Exercise, case: tuple) -> str:
+    """The case with the names that the task gives its arguments."""
+    names = list(inspect.signature(exercise.truth).parameters)
+    return "; ".join(f"{name} = {show(argument)}" for name, argument in zip(names, case))
 
 
 def refuse_arguments(exercise: Exercise, seed: int) -> list[tuple[str, Callable]]:
