@@ -63,8 +63,8 @@ def training_figure(log: list[dict], title: str | None = None) -> Figure:
     dots(kl, "kl", BLUE, None)
     dots(variety, "distinct_2", BLUE, None)
     accuracy.set_ylim(0, 1.02)
-    reward.set_ylim(0, 1)
-    variety.set_ylim(0, 1)
+    reward.set_ylim(0, 1.03)
+    variety.set_ylim(0, 1.03)
     names = (
         "Loss (nats)", "Implicit rewards", "Pairs ranked rightly", "Gradient norm",
         "Log-probabilities (nats)", "P(positive), fresh samples", "KL from reference (nats)",

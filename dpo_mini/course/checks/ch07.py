@@ -497,18 +497,19 @@ BOTH_ORDERS = Exercise(
 # --- 07.5 how many prompts ---
 
 
-PILOTS = (  # pairs of each prompt, ties, and by how much k exceeds a whole number
-    ((3, 2), 0, 0.3),
-    ((6, 1, 3, 4), 0, 0.7),
-    ((2, 6, 3, 1, 6, 4, 3), 3, 0.3),
-    ((6, 3, 1, 2, 6, 6, 4, 1, 3, 6, 2), 4, 0.6),
+PILOTS = (  # pairs of each prompt, ties, the least k, and by how much it exceeds a whole number
+    ((3, 2), 0, 60, 0.3),
+    ((6, 1, 3, 4), 0, 60, 0.7),
+    ((2, 6, 3, 1, 6, 4, 3), 3, 60, 0.3),
+    ((6, 3, 1, 2, 6, 6, 4, 1, 3, 6, 2), 4, 60, 0.6),
+    ((5, 3, 4, 2, 6, 1, 3, 4), 2, 2, 0.4),  # fewer prompts than the pilot had are enough
 )
 
 
 def plan_cases(generator):
     """Unequal prompts, shuffled; `half` such that rounding down or to the nearest is wrong."""
     cases = []
-    for sizes, ties, fraction in PILOTS:
+    for sizes, ties, least, fraction in PILOTS:
         names = (torch.randperm(90, generator=generator) + 10).tolist()
         rates = [1.0, 0.0, *torch.rand(len(sizes), generator=generator).tolist()]
         rows = [
@@ -520,7 +521,7 @@ def plan_cases(generator):
         rows = [(0.5 if i >= first_tie else value, name) for i, (value, name) in enumerate(rows)]
         order = torch.randperm(len(rows), generator=generator).tolist()
         values, prompts = map(list, zip(*(rows[i] for i in order)))
-        needed = int(torch.randint(60, 300, (), generator=generator)) + fraction
+        needed = int(torch.randint(least, 5 * least, (), generator=generator)) + fraction
         half = 1.96 * grouped_error(values, prompts) * math.sqrt(len(sizes) / needed)
         cases.append((values, prompts, round(half, 6)))
     return cases

@@ -267,13 +267,19 @@ def by_cross_entropy(logits, ids, mask):
     return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets)
 
 
+def sft_truth(logits, ids, mask):
+    return TokenByToken.apply(logits, ids, mask)
+
+
 SFT = Exercise(
     id="08.2",
     title="The loss of SFT",
     kind="implement",
-    truth=TokenByToken.apply,
+    truth=sft_truth,
     cases=sft_cases,
     wrong=(
+        Wrong("the logarithm of a softmax", lambda logits, ids, mask: -(logits.softmax(-1).log()[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum() / mask[:, 1:].sum(),
+              "A softmax rounds small probabilities to 0, whose logarithm is infinite. One function does both at once, exactly."),
         Wrong("a mean of the rows' means", sft(row_means),
               "In yours a token of a short completion weighs more than one of a long completion. How many tokens are there in all, and what is each one's share?"),
         Wrong("a mean of the means of rows with a completion",
@@ -552,6 +558,15 @@ def frontier_truth(kls, rewards):
     return sorted(free, key=lambda i: points[i][0])
 
 
+def kept_while_rising(kls, rewards):
+    """One pass in the order of KL, points of equal KL in the order of the list."""
+    kept, best = [], -math.inf
+    for i in sorted(range(len(kls)), key=lambda i: kls[i]):
+        if rewards[i] > best:
+            kept, best = [*kept, i], rewards[i]
+    return kept
+
+
 def unbeaten(beats, key=None):
     """An answer from a rule, (kl, reward, other kl, other reward) -> the first beats the other."""
 
@@ -632,6 +647,8 @@ FRONTIER = Exercise(
     truth=frontier_truth,
     cases=frontier_cases,
     wrong=(
+        Wrong("sorted by KL alone, then kept while the reward rises", kept_while_rising,
+              "At equal KL your loop may meet the poorer point first and keep it. How must ties in KL be ordered?"),
         Wrong("more KL counted as better", unbeaten(lambda k, r, ok, orr: beats(-k, r, -ok, orr)),
               "KL is what reward is paid with. Of two runs with the same reward, which one do you want?"),
         Wrong("less reward counted as better", unbeaten(lambda k, r, ok, orr: beats(k, -r, ok, -orr)),

@@ -158,7 +158,7 @@ def difference(expected, got, tolerance: float, equal_nan: bool = False) -> str 
         if got.shape != expected.shape:
             return f"expected the shape {list(expected.shape)}, yours is {list(got.shape)}."
         if got.dtype != expected.dtype:
-            return f"expected {expected.dtype}, as the arguments are; yours is {got.dtype}."
+            return f"expected {expected.dtype}, yours is {got.dtype}."
         if got.device != expected.device:
             return f"expected a tensor on {expected.device}, yours is on {got.device}."
         if not close(expected, got, tolerance, equal_nan):
