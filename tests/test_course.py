@@ -81,3 +81,36 @@ def test_a_slider_moves_the_picture():
     before = view.value
     slider.value = 0.2
     assert view.value != before and view.value == widgets.tilting(0.2)
+
+
+def test_labelling_by_hand_counts_agreement_wherever_the_text_stands():
+    from dpo_mini.data import PreferencePair
+
+    pairs = [PreferencePair("A film", f" good{i} <i>", f" bad{i}") for i in range(6)]
+    box, choices = widgets.label_yourself(pairs, seed=1)
+    text, buttons = box.children
+    sides = set()
+    for i in range(6):
+        assert "&lt;i&gt;" in text.value and f"Pair {i + 1} of 6" in text.value
+        chosen_is_left = text.value.index(f"good{i}") < text.value.index(f"bad{i}")
+        sides.add(chosen_is_left)
+        buttons.children[0 if chosen_is_left == (i < 4) else 1].click()  # right four times
+    assert choices == [True] * 4 + [False] * 2 and sides == {True, False}
+    assert "4 of 6" in text.value and buttons.children[0].disabled
+
+
+def test_stored_pictures_are_made_smaller_and_stay_pictures():
+    import base64
+    import io
+
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.effect_noise((64, 48), 50).convert("RGB").save(picture, "PNG")
+    output = nbformat.v4.new_output(
+        "display_data", {"image/png": base64.b64encode(picture.getvalue()).decode()}
+    )
+    execute.shrink(output)
+    small = base64.b64decode(output.data["image/png"])
+    assert len(small) < len(picture.getvalue())
+    assert Image.open(io.BytesIO(small)).size == (64, 48)

@@ -62,7 +62,6 @@ def curated(pairs: list[PreferencePair], setting: Setting) -> list[PreferencePai
         "reward": lambda: pairs,
         "opposite": lambda: [curation.swapped(pair) for pair in pairs],
         "judge": lambda: curation.relabel(pairs, load_judge()),
-        "length": lambda: curation.relabel(pairs, characters),
         "bradley-terry": lambda: curation.draw_labels(pairs, setting.seed),
     }[setting.labels]()
     kept = {
@@ -70,14 +69,8 @@ def curated(pairs: list[PreferencePair], setting: Setting) -> list[PreferencePai
         "clear": lambda: curation.clear_pairs(relabelled, gap=1.0),
         "unclear": lambda: [p for p in relabelled if curation.reward_gap(p) < 0.5],
         "best-worst": lambda: curation.best_and_worst(relabelled),
-        "without near-duplicates": lambda: curation.without_near_duplicates(relabelled, 0.3),
     }[setting.keep]()
     return curation.flip_labels(kept, setting.noise, setting.seed) if setting.noise else kept
-
-
-def characters(texts: list[str]) -> torch.Tensor:
-    """A labeller that prefers the longer text."""
-    return torch.tensor([float(len(text)) for text in texts])
 
 
 def labelled_pairs(prompts: list[str], seed: int, folder: Path | None = None):
