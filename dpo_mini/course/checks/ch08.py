@@ -278,8 +278,6 @@ SFT = Exercise(
     truth=sft_truth,
     cases=sft_cases,
     wrong=(
-        Wrong("the logarithm of a softmax", lambda logits, ids, mask: -(logits.softmax(-1).log()[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum() / mask[:, 1:].sum(),
-              "A softmax rounds small probabilities to 0, whose logarithm is infinite. One function does both at once, exactly."),
         Wrong("a mean of the rows' means", sft(row_means),
               "In yours a token of a short completion weighs more than one of a long completion. How many tokens are there in all, and what is each one's share?"),
         Wrong("a mean of the means of rows with a completion",
