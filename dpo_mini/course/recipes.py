@@ -48,6 +48,7 @@ def recipe(
         steps=1000, batch_size=60, block_size=6, micro_batch_size=micro_batch(memory, 60, 6),
         learning_rate=5e-6, warmup_steps=150, schedule="constant", bf16=bf16, monitor_every=100,
     )  # fmt: skip
+    # A text of 256 tokens needs what two or three pairs do: an eighth of the memory is cautious.
     sft = TrainingConfig(
         steps=780, batch_size=32, micro_batch_size=micro_batch(memory / 8, 32, 1),
         learning_rate=5e-5, warmup_steps=50, schedule="cosine", bf16=bf16, checkpoint_every=390,
@@ -58,8 +59,9 @@ def recipe(
 def micro_batch(memory: float, batch_size: int, block: int) -> int | None:
     """The largest number of pairs at once, a divisor of the batch in whole blocks, that fits.
 
-    Of GPT-2 (124M): 2.5 GiB for weights, gradients and Adam's averages, and for each pair, two
-    sequences of 56 tokens, 0.15 GiB, most of it logits of 50,257 tokens in float32.
+    An estimate for GPT-2 (124M), not a measurement: 2.5 GiB for weights, gradients and Adam's
+    averages, and for each pair, two sequences of 56 tokens, 0.15 GiB, most of it logits of 50,257
+    tokens in float32.
     """
     room = max(1, int((0.8 * memory - 2.5) / 0.15))
     fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= room]

@@ -208,7 +208,8 @@ LONG = Setting(
 )
 
 
-def seeds(settings, count):
+def seeds(settings, count: int) -> list[Setting]:
+    """Every setting with the seeds 0 to `count` - 1."""
     return [replace(setting, seed=seed) for seed in range(count) for setting in settings]
 
 
