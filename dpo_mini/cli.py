@@ -22,6 +22,12 @@ other models and data by name:
 """
 
 
+LOSS_NAMES = (
+    "dpo", "cdpo", "robust", "dpo-norm", "ipo", "ipo-token", "hinge", "apo-zero", "apo-down",
+    "simpo", "cpo", "orpo", "preferred-ft", "unlikelihood", "kto",
+)  # fmt: skip
+
+
 def main(argv=None) -> int:
     """Run a command line; returns 0, 1 after an error told in a sentence, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
@@ -180,23 +186,33 @@ def run_pairs(args) -> dict:
 
 def run_train(args) -> dict:
     from dpo_mini.course.plots import training_figure
-    from dpo_mini.data import preference_pairs, read_rows, tokenize_pairs, write_jsonl
+    from dpo_mini.data import (
+        preference_pairs,
+        read_rows,
+        tokenize_labelled,
+        tokenize_pairs,
+        write_jsonl,
+    )
     from dpo_mini.models import context_length, load_model, model_card, save_model
-    from dpo_mini.training import train_preferences
+    from dpo_mini.training import loss_arguments, train_preferences
 
+    names = ("beta", "label_smoothing", "gamma", "alpha")
+    given = {name: getattr(args, name, None) for name in names}
+    options = loss_arguments(args.loss, **given)  # a wrong one is told before any work
     prepare_output(args)
     model, tokenizer = load_model(args.model)
-    pairs = tokenize_pairs(
-        preference_pairs(read_rows(args.pairs), tokenizer), tokenizer, context_length(model)
-    )
+    rows, length = read_rows(args.pairs), context_length(model)
+    if args.loss == "kto" and "completion" in rows[0]:
+        pairs = tokenize_labelled(rows, tokenizer, length)
+    else:
+        pairs = tokenize_pairs(preference_pairs(rows, tokenizer), tokenizer, length)
     config = training_config(args)
-    options = {"label_smoothing": args.label_smoothing} if args.loss == "cdpo" else {}
     model = with_lora(model, args.lora)
     log = train_preferences(
-        model, pairs, config, loss=args.loss, beta=args.beta, loss_options=options,
+        model, pairs, config, loss=args.loss, loss_options=options,
         output=args.output, resume=args.resume, progress=not args.json,
     )  # fmt: skip
-    settings = {"loss": args.loss, "beta": args.beta, **options, **asdict(config)}
+    settings = {"loss": args.loss, **options, **asdict(config)}
     settings["pairs"] = len(pairs)
     report = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"], "settings": settings}
     if is_main_process():
@@ -551,18 +567,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--pairs",
         required=True,
-        help="JSONL file, folder or Hub data set with prompt, chosen, rejected",
+        help="JSONL file, folder or Hub data set with prompt, chosen, rejected; for kto also with "
+        "prompt, completion, label",
     )
-    p.add_argument("--loss", choices=("dpo", "cdpo"), default="dpo", help="the preference loss")
-    p.add_argument(
-        "--beta",
-        type=float,
-        default=0.1,
-        help="strength of the KL constraint: larger stays closer to the reference",
-    )
-    p.add_argument(
-        "--label-smoothing", type=float, default=0.1, help="cdpo: the chance that a label is wrong"
-    )
+    p.add_argument("--loss", choices=LOSS_NAMES, default="dpo", help="the preference loss")
+    for name, help in (
+        ("beta", "strength of the KL constraint: larger stays closer to the reference"),
+        ("label-smoothing", "cdpo, robust: the chance that a label is wrong"),
+        ("gamma", "simpo: the margin to reach"),
+        ("alpha", "cpo, unlikelihood: weight of the second term"),
+    ):
+        p.add_argument(
+            f"--{name}", type=float, default=argparse.SUPPRESS, help=help + " (default: the loss's)"
+        )
     p.add_argument(
         "--lora", type=int, default=0, help="rank of LoRA adapters; 0 trains all weights"
     )

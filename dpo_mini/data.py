@@ -43,6 +43,16 @@ class TokenizedPair:
     rejected_ids: list[int]
 
 
+@dataclass(frozen=True)
+class LabelledCompletion:
+    """One completion and whether it was called good, for losses that need no pairs."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    desirable: bool
+    other_ids: list[int]  # another prompt's completion, for KTO's estimate of the KL
+
+
 def read_rows(source, split: str = "train") -> list[dict]:
     """The rows of a JSONL file, a folder of parquet files or a data set on the Hub.
 
@@ -185,27 +195,90 @@ def tokenize_pairs(
             ids = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         else:
             prompt_ids = tokenize_prompt(tokenizer, pair.prompt)
-            completions = []
-            for text in (pair.chosen, pair.rejected):
-                joint = tokenize_prompt(tokenizer, pair.prompt + text)
-                if joint[: len(prompt_ids)] == prompt_ids:
-                    completion = joint[len(prompt_ids) :]
-                else:
-                    merged += 1
-                    completion = tokenizer(text, add_special_tokens=False)["input_ids"]
-                completions.append(with_one_eos(completion, tokenizer.eos_token_id))
-            ids = TokenizedPair(prompt_ids, *completions)
+            chosen_ids, chosen_apart = tokenize_completion(tokenizer, pair.prompt, pair.chosen)
+            rejected_ids, apart = tokenize_completion(tokenizer, pair.prompt, pair.rejected)
+            ids = TokenizedPair(prompt_ids, chosen_ids, rejected_ids)
+            merged += chosen_apart + apart
         longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        if longest > max_length:
-            raise DataError(
-                f"pair {i} has {longest} tokens, more than the model's context of {max_length}. "
-                "Shorten or drop it: cut silently, it would not be what was preferred."
-            )
+        check_length(f"pair {i}", longest, max_length)
         tokenized.append(ids)
-    if merged:
-        said = f"{merged} completions were tokenised apart: a token spans the end of the prompt."
-        warnings.warn(said, stacklevel=2)
+    warn_of_merges(merged)
     return tokenized
+
+
+def tokenize_labelled(rows: Sequence[dict], tokenizer, max_length: int) -> list[LabelledCompletion]:
+    """Rows with the columns `prompt`, `completion`, `label` (TRL's names; true is desirable),
+    tokenised as in `tokenize_pairs`. Raises DataError for a missing column or another label.
+    """
+    tokenized, merged = [], 0
+    for i, row in enumerate(rows):
+        where = f"line {row['_line']}" if "_line" in row else f"row {i}"
+        if not all(isinstance(row.get(c), str) for c in ("prompt", "completion")):
+            raise DataError(f"{where}: expected texts in the columns 'prompt' and 'completion'.")
+        if row.get("label") not in (True, False):
+            raise DataError(f"{where}: 'label' must be true or false, got {row.get('label')!r}.")
+        prompt_ids = tokenize_prompt(tokenizer, row["prompt"])
+        ids, apart = tokenize_completion(tokenizer, row["prompt"], row["completion"])
+        merged += apart
+        check_length(where, len(prompt_ids) + len(ids), max_length)
+        tokenized.append((prompt_ids, ids, bool(row["label"])))
+    warn_of_merges(merged)
+    return labelled_completions(tokenized)
+
+
+def tokenize_completion(tokenizer, prompt: str, text: str) -> tuple[list[int], bool]:
+    """A completion's token ids, ending in exactly one EOS, and whether it had to be tokenised apart
+    from its prompt.
+    """
+    prompt_ids, joint = (tokenize_prompt(tokenizer, t) for t in (prompt, prompt + text))
+    apart = joint[: len(prompt_ids)] != prompt_ids
+    ids = joint[len(prompt_ids) :]
+    if apart:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return with_one_eos(ids, tokenizer.eos_token_id), apart
+
+
+def check_length(where: str, length: int, max_length: int) -> None:
+    if length > max_length:
+        raise DataError(
+            f"{where} has {length} tokens, more than the model's context of {max_length}. "
+            "Shorten or drop it: cut silently, it would not be what was preferred."
+        )
+
+
+def warn_of_merges(count: int) -> None:
+    if count:
+        said = f"{count} completions were tokenised apart: a token spans the end of the prompt."
+        warnings.warn(said, stacklevel=3)
+
+
+def labelled_completions(
+    rows: Sequence[tuple[list[int], list[int], bool]],
+) -> list[LabelledCompletion]:
+    """(prompt ids, completion ids, called good?) as `LabelledCompletion`s: each is given the next
+    completion in the list that answers another prompt. Raises DataError where there is none.
+    """
+    others: list[list[int]] = [[]] * len(rows)
+    following = None  # the start of the next run of rows with another prompt than row i's
+    for i in range(2 * len(rows) - 1, -1, -1):  # twice round, so that the last find the first
+        here, after = i % len(rows), (i + 1) % len(rows)
+        if rows[here][0] != rows[after][0]:
+            following = after
+        if following is not None:
+            others[here] = rows[following][1]
+    if following is None:
+        raise DataError("all completions answer one prompt: KTO's KL estimate needs two or more.")
+    return [LabelledCompletion(*row, other) for row, other in zip(rows, others)]
+
+
+def unpaired(pairs: Sequence[TokenizedPair]) -> list[LabelledCompletion]:
+    """Each pair as two labelled completions: the chosen is desirable, the rejected is not."""
+    rows = [
+        (pair.prompt_ids, ids, desirable)
+        for pair in pairs
+        for ids, desirable in ((pair.chosen_ids, True), (pair.rejected_ids, False))
+    ]
+    return labelled_completions(rows)
 
 
 def with_one_eos(ids: list[int], eos: int | None) -> list[int]:

@@ -19,6 +19,8 @@ class PairLogps(NamedTuple):
     rejected: Tensor  # log pi(y_l | x)
     reference_chosen: Tensor  # log pi_ref(y_w | x)
     reference_rejected: Tensor  # log pi_ref(y_l | x)
+    chosen_tokens: Tensor | None = None  # |y_w|, for the losses that divide by it
+    rejected_tokens: Tensor | None = None  # |y_l|
 
 
 def implicit_rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
@@ -53,9 +55,6 @@ def cdpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.1)
     chosen, rejected = implicit_rewards(logps, beta)
     right, wrong = -F.logsigmoid(chosen - rejected), -F.logsigmoid(rejected - chosen)
     return (1 - label_smoothing) * right + label_smoothing * wrong
-
-
-LOSSES = {"dpo": dpo_loss, "cdpo": cdpo_loss}
 
 
 def preference_metrics(logps: PairLogps, beta: float) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ from dpo_mini.checkpoints import (
     save_checkpoint,
     saved_step,
 )
-from dpo_mini.data import TokenizedPair, collate
+from dpo_mini.data import LabelledCompletion, TokenizedPair, collate, unpaired
+from dpo_mini.family import LOSSES, REFERENCE_FREE, LabelledLogps, kto_loss
 from dpo_mini.logprobs import sequence_logps, token_logps
-from dpo_mini.losses import LOSSES, PairLogps, preference_metrics
+from dpo_mini.losses import PairLogps, preference_metrics
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,77 @@ def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Ob
 
     def losses(model, items):
         pairs, reference = zip(*items)
-        rows, index = different_rows(pairs)
-        device = next(model.parameters()).device
-        policy = sequence_logps(model, *collate(rows).to(device))[index.to(device)]
-        reference = torch.tensor(reference, device=device, dtype=policy.dtype)
-        logps = PairLogps(*policy.unbind(1), *reference.unbind(1))
+        logps = completion_logps(model, rows_of(pairs)).view(-1, 2)
+        reference = torch.tensor(reference, device=logps.device, dtype=logps.dtype)
+        tokens = torch.tensor([(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
+        tokens = tokens.to(logps.device)
+        logps = PairLogps(*logps.unbind(1), *reference.unbind(1), *tokens.unbind(1))
         return loss(logps).sum(), preference_metrics(logps, beta)
 
     return Objective(terms=lambda item: 1, losses=losses)
 
 
-def different_rows(pairs: Sequence[TokenizedPair]) -> tuple[list, Tensor]:
-    """The different (prompt ids, completion ids) of pairs, and where in them each pair's chosen and
-    rejected are, int64 [pairs, 2]: a completion that is in several pairs need be read only once.
+def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> Objective:
+    """Items are (LabelledCompletion, (reference logp of the completion, of the other)); `loss` as
+    `kto_loss`, whose KL is that of what is in memory at once: cut no finer than needed.
+    """
+
+    def losses(model, items):
+        labelled, reference = zip(*items)
+        rows, other_rows = rows_of(labelled)[::2], rows_of(labelled)[1::2]
+        policy = completion_logps(model, rows)
+        with torch.no_grad():
+            elsewhere = completion_logps(model, other_rows)
+        reference = torch.tensor(reference, device=policy.device, dtype=policy.dtype)
+        desirable = torch.tensor([item.desirable for item in labelled], device=policy.device)
+        log_ratios_elsewhere = elsewhere - reference[:, 1]
+        logps = LabelledLogps(policy, reference[:, 0], desirable, log_ratios_elsewhere)
+        terms = loss(logps)
+        with torch.no_grad():
+            signed = beta * (policy - reference[:, 0]) * torch.where(desirable, 1, -1)
+            kl = log_ratios_elsewhere.mean().clamp(min=0)
+        metrics = {
+            "rewards/signed": signed,  # of an undesirable completion, its negative
+            "rewards/accuracies": (1 + torch.sign(signed)) / 2,
+            "kl": kl.expand(len(items)),
+            "logps/completion": policy.detach(),
+        }
+        return terms.sum(), metrics
+
+    return Objective(terms=lambda item: 1, losses=losses)
+
+
+def rows_of(items: Sequence[TokenizedPair | LabelledCompletion]) -> list[tuple]:
+    """(prompt ids, completion ids), two for each item: of a pair the chosen and the rejected, of a
+    labelled completion itself and the other prompt's.
+    """
+    return [
+        (item.prompt_ids, ids)
+        for item in items
+        for ids in (
+            (item.chosen_ids, item.rejected_ids)
+            if isinstance(item, TokenizedPair)
+            else (item.completion_ids, item.other_ids)
+        )
+    ]
+
+
+def completion_logps(model, rows) -> Tensor:
+    """log pi(completion | prompt) of each (prompt ids, completion ids), [rows]; equal ones are read
+    once.
+    """
+    different, index = different_rows(rows)
+    logps = sequence_logps(model, *collate(different).to(model.device))
+    return logps[index.to(logps.device)]
+
+
+def different_rows(rows: Sequence[tuple]) -> tuple[list, Tensor]:
+    """The different ones among rows (prompt ids, completion ids), and where in them each row is,
+    int64 [rows]: a completion that is in several pairs need be read only once.
     """
     places: dict[tuple, int] = {}
-    rows = [(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
     index = [places.setdefault((*prompt, -1, *ids), len(places)) for prompt, ids in rows]
-    return list(dict(zip(index, rows)).values()), torch.tensor(index).view(-1, 2)
+    return list(dict(zip(index, rows)).values()), torch.tensor(index)
 
 
 def sft_objective() -> Objective:
@@ -89,9 +144,10 @@ def sft_objective() -> Objective:
 
 
 def reference_logps(
-    model, pairs: Sequence[TokenizedPair], cache=None, batch_size=64, bf16=False, progress=False
+    model, pairs: Sequence, cache=None, batch_size=64, bf16=False, progress=False
 ) -> Tensor:
     """log pi_ref of chosen and rejected, float32 [pairs, 2], computed once: pi_ref never changes.
+    (Of labelled completions: of the completion, and of the other prompt's.)
 
     With `cache` (a file's path) the result is kept with a fingerprint of weights and tokens, and
     is used again only where both are the same.
@@ -105,7 +161,7 @@ def reference_logps(
         with safe_open(cache, "pt") as stored:
             if stored.metadata().get("fingerprint") == mark:
                 return stored.get_tensor("logps")
-    rows, index = different_rows(pairs)
+    rows, index = different_rows(rows_of(pairs))
     by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
     logps = torch.empty(len(rows))
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -113,7 +169,7 @@ def reference_logps(
             chunk = by_length[i : i + batch_size]
             batch = collate([rows[j] for j in chunk]).to(model.device)
             logps[chunk] = sequence_logps(model, *batch).float().cpu()
-    logps = logps[index]
+    logps = logps[index].view(-1, 2)
     if cache:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
         partial = Path(f"{cache}.{os.getpid()}")  # several processes may write, each whole
@@ -123,26 +179,61 @@ def reference_logps(
 
 
 def train_preferences(
-    model, pairs, config, *, loss="dpo", beta=0.1, loss_options=None, output=None, **loop
+    model, pairs, config, *, loss="dpo", beta=None, loss_options=None, output=None, **loop
 ) -> list[dict]:
     """Train `model` on tokenized pairs; as it is now it is the reference. Returns the log.
 
     The reference's log-probabilities are taken before the first step, so that no second model is
-    kept in memory. To resume, pass the reference again: the policy comes from the checkpoint.
-    `loss` is a name in LOSSES, `loss_options` its own arguments, `loop` as in `train`.
+    kept in memory; losses without a reference take none. To resume, pass the reference again: the
+    policy comes from the checkpoint. `loss` is a name in LOSSES, or "kto", which also takes
+    labelled completions in place of pairs; `loss_options` are its own arguments, `loop` as in
+    `train`.
     """
-    if not beta > 0:
-        raise TrainingError(f"beta must be above 0, got {beta}: pi* is pi_ref exp(r / beta) / Z.")
+    options = loss_arguments(loss, beta=beta, **(loss_options or {}))
     if not pairs:
         raise TrainingError("there are no pairs to train on.")
-    options = loss_options or {}
-    cache = Path(output) / "reference_logps.safetensors" if output else None
-    progress = loop.get("progress", False)
-    reference = reference_logps(model, pairs, cache, bf16=config.bf16, progress=progress)
-    objective = preference_objective(lambda logps: LOSSES[loss](logps, beta, **options), beta)
-    identity = {"loss": loss, "beta": beta, **options, "data": fingerprint(model, pairs)}
+    reward_beta = options.get("beta", 1.0)
+    if loss == "kto":
+        pairs = unpaired(pairs) if isinstance(pairs[0], TokenizedPair) else pairs
+        objective = unpaired_objective(lambda logps: kto_loss(logps, **options), reward_beta)
+    else:
+        objective = preference_objective(lambda logps: LOSSES[loss](logps, **options), reward_beta)
+    if loss in REFERENCE_FREE:
+        reference = torch.zeros(len(pairs), 2)
+    else:
+        cache = Path(output) / "reference_logps.safetensors" if output else None
+        progress = loop.get("progress", False)
+        reference = reference_logps(model, pairs, cache, bf16=config.bf16, progress=progress)
+    identity = {"loss": loss, **options, "data": fingerprint(model, pairs)}
     items = list(zip(pairs, reference.tolist()))
     return train(model, items, objective, config, identity=identity, output=output, **loop)
+
+
+def loss_arguments(loss: str, **given) -> dict:
+    """A loss's own arguments: its defaults, changed by those given that are not None.
+
+    Raises TrainingError for a loss or an argument that does not exist, and for one out of range.
+    """
+    functions = {**LOSSES, "kto": kto_loss}
+    if loss not in functions:
+        raise TrainingError(f"there is no loss {loss!r}; there are {', '.join(functions)}.")
+    parameters = list(signature(functions[loss]).parameters.values())[1:]
+    arguments = {p.name: p.default for p in parameters}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() - arguments.keys():
+        takes = ", ".join(arguments) or "nothing"
+        raise TrainingError(f"the loss {loss} takes no {name}; it takes {takes}.")
+    arguments |= given
+    if not arguments.get("beta", 1) > 0:
+        raise TrainingError(
+            f"beta must be above 0, got {arguments['beta']}: pi* is pi_ref exp(r / beta) / Z."
+        )
+    if not 0 <= arguments.get("label_smoothing", 0) < 0.5:
+        raise TrainingError(
+            f"label_smoothing must be in [0, 0.5), got {arguments['label_smoothing']}: it is the "
+            "chance that a label is wrong, and at one half labels say nothing."
+        )
+    return arguments
 
 
 def train(

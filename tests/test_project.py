@@ -97,8 +97,8 @@ def test_the_library_is_read_in_one_sitting():
         p for p in (ROOT / "dpo_mini").glob("*.py") if p.name not in ("cli.py", "__main__.py")
     ]
     lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
-    assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 350, lines
-    assert sum(lines.values()) < 1500, lines
+    assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 400, lines
+    assert sum(lines.values()) < 2100, lines
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from dpo_mini.training import (
     different_rows,
     learning_rate,
     reference_logps,
+    rows_of,
     sft_objective,
     train,
     train_preferences,
@@ -137,8 +138,8 @@ def test_a_batch_is_a_function_of_its_step_and_an_epoch_sees_every_item_once():
 def test_a_completion_in_several_pairs_is_read_once_and_nothing_changes():
     a, b, c = [5, 0], [6, 7, 0], [8]
     pairs = [TokenizedPair([0, 1], *p) for p in ((a, b), (a, c), (c, b))]
-    rows, index = different_rows(pairs)
-    assert len(rows) == 3 and [rows[i][1] for i in index[2]] == [c, b]
+    rows, index = different_rows(rows_of(pairs))
+    assert len(rows) == 3 and [rows[i][1] for i in index.view(-1, 2)[2]] == [c, b]
     together = reference_logps(fresh(), pairs)
     apart = torch.cat([reference_logps(fresh(), [p]) for p in pairs])
     assert torch.allclose(together, apart, atol=1e-5)

@@ -36,7 +36,9 @@ def training_figure(log: list[dict], title: str | None = None) -> Figure:
     window = max(1, len(steps) // 15)
 
     def curve(axis, key, colour, label):
-        values, x = [r[key] for r in steps], [r["step"] for r in steps]
+        values, x = [r[key] for r in steps if key in r], [r["step"] for r in steps if key in r]
+        if not values:  # a loss without pairs has no chosen and rejected
+            return
         recent = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
         axis.plot(x, values, color=colour, alpha=0.2, lw=1)
         axis.plot(x, [sum(r) / len(r) for r in recent], color=colour, label=label, lw=2)
@@ -52,12 +54,14 @@ def training_figure(log: list[dict], title: str | None = None) -> Figure:
     curve(rewards, "rewards/chosen", GREEN, "chosen")
     curve(rewards, "rewards/rejected", VERMILION, "rejected")
     curve(rewards, "rewards/margins", BLUE, "margin")
+    curve(rewards, "rewards/signed", BLUE, "with the label's sign")
     accuracy.axhline(0.5, color=GREY, ls=":", lw=1)
     curve(accuracy, "rewards/accuracies", BLUE, "batch")
     dots(accuracy, "held_out/accuracies", ORANGE, "held out")
     curve(norm, "grad_norm", BLUE, None)
     curve(logps, "logps/chosen", GREEN, "chosen")
     curve(logps, "logps/rejected", VERMILION, "rejected")
+    curve(logps, "logps/completion", BLUE, "all")
     dots(reward, "reward", GREEN, "reward")
     dots(reward, "judge", ORANGE, "second judge")
     dots(kl, "kl", BLUE, None)

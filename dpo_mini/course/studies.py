@@ -215,11 +215,11 @@ def seeds(settings, count: int) -> list[Setting]:
 
 SWEEP = tuple(Setting(name=f"beta {beta:g}", beta=beta, watch_every=55) for beta in BETAS)
 STUDIES = {
-    "beta_sweep": seeds(SWEEP, 3),
+    "beta_sweep": seeds(SWEEP, 5),
     "failures": FAILURES,
     "unseen": UNSEEN,
-    "curation": seeds(CURATIONS, 1),
-    "too_long": seeds([LONG], 2),
+    "curation": seeds(CURATIONS, 5),
+    "too_long": seeds([LONG], 5),
 }
 
 

@@ -1,0 +1,210 @@
+"""The family that DPO started, and the baselines of its paper.
+
+Each is a function of the same `PairLogps`, one loss per pair, tensor [batch]; KTO needs no pairs
+and comes last. r_w = log pi(y_w|x) - log pi_ref(y_w|x) and r_l likewise are the log-ratios of
+chosen and rejected, in nats. Where a loss divides by lengths, |y| counts the tokens of a
+completion, its EOS included.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss, implicit_rewards
+
+
+def per_token(logps: PairLogps) -> PairLogps:
+    """The same pairs with log-probabilities averaged over tokens: log pi(y | x) / |y|.
+
+    The mean log-probability of a token is no log-probability of any completion; losses built on it
+    trade that meaning for indifference to length.
+    """
+    w, l = logps.chosen_tokens, logps.rejected_tokens
+    return logps._replace(
+        chosen=logps.chosen / w, reference_chosen=logps.reference_chosen / w,
+        rejected=logps.rejected / l, reference_rejected=logps.reference_rejected / l,
+    )  # fmt: skip
+
+
+# --- with a reference ---
+
+
+def dpo_norm_loss(logps: PairLogps, beta: float = 2.0) -> Tensor:
+    """Length-normalised DPO: -log sigmoid(beta (r_w / |y_w| - r_l / |y_l|)).
+
+    Lambert et al. 2024 (Tülu 3, arXiv 2411.15124), equation 6. `beta` is some tens of times that of
+    DPO, since it multiplies nats per token.
+    """
+    return dpo_loss(per_token(logps), beta)
+
+
+def ipo_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """(r_w - r_l - 1 / (2 beta))²: the margin is drawn to a finite value, not to infinity.
+
+    Azar et al. 2023 (arXiv 2310.12036), equation 17, `beta` being its tau; sums over tokens as
+    the paper writes it.
+    """
+    chosen, rejected = implicit_rewards(logps, 1.0)
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def ipo_token_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """IPO on means over tokens in place of sums: (r_w / |y_w| - r_l / |y_l| - 1 / (2 beta))².
+
+    What TRL computes as "ipo"; the target is a margin of nats per token, so that the same `beta` is
+    a much weaker constraint.
+    """
+    return ipo_loss(per_token(logps), beta)
+
+
+def hinge_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """max(0, 1 - beta (r_w - r_l)): a pair is done once its margin is 1 / beta.
+
+    SLiC's loss (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, as Liu et al. 2023 (RSO, arXiv
+    2309.06657) write it, equation 9.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    return F.relu(1 - (chosen - rejected))
+
+
+def robust_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
+    """rDPO: ((1 - eps) L(y_w, y_l) - eps L(y_l, y_w)) / (1 - 2 eps), with L the loss of DPO.
+
+    On labels of which a share eps is turned round its expectation is that of DPO on the right
+    ones (Ray Chowdhury et al. 2024, arXiv 2403.00409, section 3). eps, in [0, 1/2), is
+    `label_smoothing`. It has no lower bound: a large wrong margin in a pair earns without end.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    right, wrong = -F.logsigmoid(chosen - rejected), -F.logsigmoid(rejected - chosen)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def apo_zero_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """1 - sigmoid(beta r_w) + sigmoid(beta r_l): chosen up and rejected down, each against the
+    reference; for pairs whose chosen completion is better than what the model writes.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    return (-chosen).sigmoid() + rejected.sigmoid()
+
+
+def apo_down_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)): both down, the rejected further; for pairs
+    whose chosen completion is worse than what the model writes.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    return chosen.sigmoid() + (rejected - chosen).sigmoid()
+
+
+# --- without a reference ---
+
+
+def simpo_loss(logps: PairLogps, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+    """-log sigmoid(beta log pi(y_w|x) / |y_w| - beta log pi(y_l|x) / |y_l| - gamma).
+
+    Meng et al. 2024 (arXiv 2405.14734), equation 6. `gamma` is the target margin in the unit of the
+    reward; code that takes a ratio has gamma / beta.
+    """
+    means = per_token(logps)
+    return -F.logsigmoid(beta * (means.chosen - means.rejected) - gamma)
+
+
+def cpo_loss(logps: PairLogps, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+    """-log sigmoid(beta (log pi(y_w|x) - log pi(y_l|x))) - alpha log pi(y_w|x) / |y_w|.
+
+    DPO with a uniform reference, and a likelihood term without which it is another method: Xu et
+    al. 2024 (arXiv 2401.08417), equation 5. The likelihood is per token, as in its code.
+    """
+    preference = -F.logsigmoid(beta * (logps.chosen - logps.rejected))
+    return preference - alpha * per_token(logps).chosen
+
+
+def orpo_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """-log pi(y_w|x) / |y_w| - beta log sigmoid(log odds(y_w) - log odds(y_l)).
+
+    odds(y) = p / (1 - p) with p = exp(log pi(y|x) / |y|): Hong et al. 2024 (arXiv 2403.07691),
+    equations 3-7, `beta` being its lambda. With whole-sequence probabilities 1 - p would be 1 and
+    the odds no odds at all.
+    """
+    means = per_token(logps)
+    ratio = log_odds(means.chosen) - log_odds(means.rejected)
+    return -means.chosen - beta * F.logsigmoid(ratio)
+
+
+def log_odds(logp: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(logp); finite at p = 1, where rounding puts a sure token."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    return logp - torch.log(-torch.expm1(logp))
+
+
+def preferred_ft_loss(logps: PairLogps) -> Tensor:
+    """-log pi(y_w|x): supervised fine-tuning on what was chosen; the rejected is not used.
+
+    Preferred-FT of Rafailov et al. 2023, section 6.
+    """
+    return -logps.chosen
+
+
+def unlikelihood_loss(logps: PairLogps, alpha: float = 0.1) -> Tensor:
+    """-log pi(y_w|x) + alpha log pi(y_l|x): chosen more likely, rejected less.
+
+    The baseline of Rafailov et al. 2023, section 6, after Welleck et al. 2019 (arXiv 1908.04319).
+    It has no lower bound: nothing says when the rejected completion is unlikely enough.
+    """
+    return -logps.chosen + alpha * logps.rejected
+
+
+LOSSES = {
+    "dpo": dpo_loss,
+    "cdpo": cdpo_loss,
+    "robust": robust_loss,
+    "dpo-norm": dpo_norm_loss,
+    "ipo": ipo_loss,
+    "ipo-token": ipo_token_loss,
+    "hinge": hinge_loss,
+    "apo-zero": apo_zero_loss,
+    "apo-down": apo_down_loss,
+    "simpo": simpo_loss,
+    "cpo": cpo_loss,
+    "orpo": orpo_loss,
+    "preferred-ft": preferred_ft_loss,
+    "unlikelihood": unlikelihood_loss,
+}
+REFERENCE_FREE = {"simpo", "cpo", "orpo", "preferred-ft", "unlikelihood"}
+
+
+# --- without pairs ---
+
+
+class LabelledLogps(NamedTuple):
+    """Log-probabilities of single completions, each a tensor [batch], in nats."""
+
+    policy: Tensor  # log pi(y | x), the only one that carries a gradient
+    reference: Tensor  # log pi_ref(y | x)
+    desirable: Tensor  # bool: was y called good?
+    log_ratios_elsewhere: Tensor  # log pi(y'|x) / pi_ref(y'|x) of another prompt's completion y'
+
+
+def kto_loss(
+    logps: LabelledLogps,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """lambda_D (1 - sigmoid(beta (r - z))) for a desirable completion and lambda_U
+    (1 - sigmoid(beta (z - r))) for an undesirable one, r = log pi(y|x) - log pi_ref(y|x).
+
+    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8. z, the point that gains and losses are
+    felt from, stands for KL(pi || pi_ref): the mean of `log_ratios_elsewhere` over the batch, at
+    least 0, without gradient. With one item in a batch it is noise.
+    """
+    kl = logps.log_ratios_elsewhere.detach().mean().clamp(min=0)
+    gain = beta * (logps.policy - logps.reference - kl)
+    good = desirable_weight * (-gain).sigmoid()
+    bad = undesirable_weight * gain.sigmoid()
+    return torch.where(logps.desirable, good, bad)
