@@ -326,7 +326,8 @@ def ascend(policy, step, config, monitor) -> list[dict]:
         seen, metrics = step(number, beta)
         kl, score = seen.kl.mean().item(), seen.scores.mean().item()
         found = {"score": score, "sampled_kl": kl, "objective": score - beta * kl, "beta": beta}
-        log.append({"step": number, **found, **metrics})
+        length = seen.mask.sum().item() / len(seen.mask)
+        log.append({"step": number, **found, "length": length, **metrics})
         if config.target_kl:
             beta = adapted_beta(beta, kl, config.target_kl, config.kl_gain)
         if monitor and (number == config.steps or number % config.monitor_every == 0):

@@ -223,13 +223,13 @@ STUDIES = {
 }
 
 
-def study(name: str, folder: Path, workers: int = 1) -> list[dict]:
-    """The results of all of a study's runs, in its order; those already in `folder` are read."""
+def study(name: str, settings, run, folder: Path, workers: int = 1) -> list[dict]:
+    """The results of `run(setting, folder)` for all settings, in order; those already in `folder`
+    are read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {s: folder / f"{name}-{mark(s)}.json" for s in STUDIES[name]}
+    paths = {s: folder / f"{name}-{mark(s)}.json" for s in settings}
     todo = [s for s in paths if not paths[s].exists()]
-    for setting in todo:  # sampled once, before several processes want the same pairs
-        labelled_pairs(load_prompts("train")[: setting.prompts], setting.seed, folder)
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(
         workers, get_context("spawn"), torch.set_num_threads, (threads,)
@@ -259,22 +259,34 @@ def stored(path) -> dict:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser("python -m dpo_mini.course.studies", description=__doc__)
-    parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--output", default="notebooks/results", help="folder for NAME.json")
-    parser.add_argument("--folder", default="runs/studies", help="folder for the runs")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once")
-    args = parser.parse_args(argv)
-    results = study(args.name, Path(args.folder), args.workers)
-    output = Path(args.output)
+def store(name: str, module: str, results: list[dict], output: Path) -> None:
+    """Write a study's results to `output`/NAME.json, with the command that made them."""
     output.mkdir(parents=True, exist_ok=True)
     made = {
-        "command": f"python -m dpo_mini.course.studies {args.name}",
+        "command": f"python -m {module} {name}",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
-    (output / f"{args.name}.json").write_text(json.dumps(made | {"runs": results}), "utf-8")
+    (output / f"{name}.json").write_text(json.dumps(made | {"runs": results}), "utf-8")
+
+
+def study_parser(module: str, description: str, names) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"python -m {module}", description=description)
+    parser.add_argument("name", choices=names)
+    parser.add_argument("--output", default="notebooks/results", help="folder for NAME.json")
+    parser.add_argument("--folder", default="runs/studies", help="folder for the runs")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once")
+    return parser
+
+
+def main(argv=None) -> None:
+    module = "dpo_mini.course.studies"
+    args = study_parser(module, __doc__, STUDIES).parse_args(argv)
+    settings, folder = STUDIES[args.name], Path(args.folder)
+    for setting in settings:  # sampled once, before several processes want the same pairs
+        labelled_pairs(load_prompts("train")[: setting.prompts], setting.seed, folder)
+    results = study(args.name, settings, run, folder, args.workers)
+    store(args.name, module, results, Path(args.output))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""Online DPO: the pairs are the policy's own, sampled and judged anew as it changes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dpo_mini.data import tokenize_pairs
+from dpo_mini.demo import sampled_pairs
+from dpo_mini.losses import dpo_loss
+from dpo_mini.models import context_length
+from dpo_mini.training import TrainingConfig, preference_objective, reference_logps, train
+
+
+def online_dpo(
+    policy, reference, tokenizer, prompts: Sequence[str], reward, config: TrainingConfig, *,
+    beta=0.1, rounds=5, samples=4, max_new_tokens=40, monitor=None, progress=False,
+) -> list[dict]:  # fmt: skip
+    """`rounds` times: sample `samples` completions of new prompts from the policy, label all their
+    pairs by `reward`, and take `config.steps / rounds` steps of DPO on them. Returns the log.
+
+    The policy changes in place; the reference stays what it was, so that beta means what it means
+    offline. With one round it is offline DPO. Guo et al. 2024 (arXiv 2402.04792) take a fresh batch
+    at every step, `rounds` = `config.steps`. The learning rate falls from round to round in place
+    of from step to step.
+    """
+    log: list[dict] = []
+    objective = preference_objective(lambda logps: dpo_loss(logps, beta), beta)
+    for k in range(rounds):
+        its_prompts, done = prompts[k::rounds], k * config.steps // rounds
+        pairs, _ = sampled_pairs(
+            policy, tokenizer, its_prompts, reward, samples, max_new_tokens,
+            seed=config.seed * 100_003 + k, progress=progress,
+        )  # fmt: skip
+        tokenized = tokenize_pairs(pairs, tokenizer, context_length(policy))
+        items = list(zip(tokenized, reference_logps(reference, tokenized).tolist()))
+        of_round = replace(
+            config,
+            steps=(k + 1) * config.steps // rounds - done,
+            learning_rate=config.learning_rate * (1 - k / rounds),
+            warmup_steps=config.warmup_steps if k == 0 else 0,
+            schedule="constant" if rounds > 1 else config.schedule,
+            seed=config.seed + k,
+        )
+        rows = train(policy, items, objective, of_round, monitor=monitor, progress=progress)
+        for row in rows[0 if k == 0 else 1 :]:
+            log.append({**row, "step": row["step"] + done, "round": k + 1})
+    return log
