@@ -189,7 +189,7 @@ def train_preferences(
     labelled completions in place of pairs; `loss_options` are its own arguments, `loop` as in
     `train`.
     """
-    options = loss_arguments(loss, beta=beta, **(loss_options or {}))
+    options = loss_arguments(loss, **{"beta": beta, **(loss_options or {})})
     if not pairs:
         raise TrainingError("there are no pairs to train on.")
     reward_beta = options.get("beta", 1.0)
