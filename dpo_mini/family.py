@@ -63,7 +63,7 @@ def hinge_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
     """max(0, 1 - beta (r_w - r_l)): a pair is done once its margin is 1 / beta.
 
     SLiC's loss (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, as Liu et al. 2023 (RSO, arXiv
-    2309.06657) write it, equation 9.
+    2309.06657) write it, equation 10.
     """
     chosen, rejected = implicit_rewards(logps, beta)
     return F.relu(1 - (chosen - rejected))

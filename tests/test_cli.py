@@ -47,6 +47,77 @@ def test_train_writes_a_model_that_loads_and_a_report(tiny_folder, pairs, tmp_pa
     load_model(output)
 
 
+def test_kto_from_pairs_and_from_labelled_completions(tiny_folder, tmp_path, capsys):
+    prompts = ["This movie", "The plot", "I"]
+    paired = [{**ROW, "prompt": p} for p in prompts]
+    single = [
+        {"prompt": p, "completion": ROW[side], "label": side == "chosen"}
+        for p in prompts
+        for side in ("chosen", "rejected")
+    ]
+    losses = []
+    for name, rows in (("paired", paired), ("single", single)):
+        path, output = tmp_path / f"{name}.jsonl", tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = ("--model", tiny_folder, "--pairs", path, "--output", output, "--loss", "kto")
+        assert train(*given, "--beta", "0.2") == 0
+        report = json.loads(capsys.readouterr().out)
+        settings = report["settings"]
+        assert (settings["loss"], settings["beta"], settings["undesirable_weight"]) == (
+            "kto",
+            0.2,
+            1,
+        )
+        assert report["loss_first"] == pytest.approx(0.5, abs=1e-4)
+        losses.append(report["loss_last"])
+        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        assert "kl" in log[-1] and (output / "training.png").stat().st_size > 1000
+        assert "kto" in (output / "README.md").read_text()
+        load_model(output)
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_and_its_options_from_the_command_line(tiny_folder, pairs, tmp_path, capsys):
+    given = ("--model", tiny_folder, "--pairs", pairs, "--output", tmp_path / "run")
+    assert train(*given, "--loss", "simpo", "--gamma", "0.5") == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["loss"], settings["beta"], settings["gamma"]) == ("simpo", 2.0, 0.5)
+    assert "label_smoothing" not in settings and "alpha" not in settings
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--loss ipo --gamma 1", ["the loss ipo takes no gamma; it takes beta."]),
+        ("--gamma 1", ["the loss dpo takes no gamma"]),
+        ("--loss preferred-ft --beta 1", ["takes no beta; it takes nothing."]),
+        ("--loss robust --label-smoothing 0.5", ["label_smoothing must be in [0, 0.5), got 0.5"]),
+        ("--loss simpo --beta -2", ["beta must be above 0, got -2.0"]),
+        ("--beta 0", ["beta must be above 0, got 0.0"]),
+    ],
+)
+def test_senseless_options_of_a_loss_are_told_before_anything_is_written(
+    tiny_folder, pairs, tmp_path, capsys, options, words
+):
+    given = ("--model", tiny_folder, "--pairs", pairs, "--output", tmp_path / "o")
+    fails(capsys, train(*given, *options.split()), *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_data_that_a_loss_cannot_use(tiny_folder, pairs, tmp_path, capsys):
+    given = ("--model", tiny_folder, "--output", tmp_path / "o", "--overwrite")
+    one_prompt = train(*given, "--pairs", pairs, "--loss", "kto")
+    fails(capsys, one_prompt, "all completions answer one prompt")
+    path = tmp_path / "labelled.jsonl"
+    path.write_text(json.dumps({"prompt": "I", "completion": " did", "label": True}) + "\n")
+    fails(
+        capsys, train(*given, "--pairs", path, "--loss", "dpo"), "'chosen', 'rejected' is missing"
+    )
+    with pytest.raises(SystemExit):
+        train(*given, "--pairs", path, "--loss", "sigmoid")
+    assert "invalid choice: 'sigmoid'" in capsys.readouterr().err
+
+
 def test_sft_sample_and_env(tiny_folder, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(

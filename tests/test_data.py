@@ -8,12 +8,17 @@ import torch
 from dpo_mini.curation import pairs_from_samples
 from dpo_mini.data import (
     DataError,
+    LabelledCompletion,
     PreferencePair,
+    TokenizedPair,
     collate,
+    labelled_completions,
     preference_pairs,
     read_rows,
+    tokenize_labelled,
     tokenize_pairs,
     tokenize_prompt,
+    unpaired,
     write_jsonl,
 )
 from dpo_mini.sampling import Completion
@@ -131,6 +136,85 @@ def test_conversations_pass_through_the_chat_template(tokenizer):
     )
     with pytest.raises(DataError, match="no chat template"):
         preference_pairs([row], tokenizer)
+
+
+LABELLED = [
+    {"prompt": "This movie", "completion": " was great.", "label": True},
+    {"prompt": "The plot", "completion": " made no sense.", "label": False},
+]
+
+
+def test_labelled_rows_are_tokenised_like_pairs(tokenizer):
+    first, second = tokenize_labelled(LABELLED, tokenizer, 64)
+    (pair,) = tokenize_pairs(preference_pairs([ROW]), tokenizer, 64)
+    assert (first.prompt_ids, first.completion_ids) == (pair.prompt_ids, pair.chosen_ids)
+    assert (first.desirable, second.desirable) == (True, False)
+    assert first.other_ids == second.completion_ids and second.other_ids == first.completion_ids
+    row = {"prompt": "This mov", "completion": "ie was fine", "label": True}
+    with pytest.warns(UserWarning, match="1 completions were tokenised apart"):
+        tokenize_labelled([row, LABELLED[1]], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"completion": None}, ["line 2", "'prompt' and 'completion'"]),
+        ({"prompt": ["This"]}, ["line 2", "expected texts"]),
+        ({"label": "yes"}, ["line 2", "'label' must be true or false, got 'yes'"]),
+        ({"label": None}, ["line 2", "got None"]),
+        ({"label": 2}, ["line 2", "got 2"]),
+        ({"completion": " great" * 30}, ["line 2 has", "more than the model's context of 16"]),
+        ({"prompt": "This movie"}, ["all completions answer one prompt"]),
+    ],
+)
+def test_bad_labelled_rows_are_refused_with_their_line(tmp_path, tokenizer, change, words):
+    path = tmp_path / "labelled.jsonl"
+    row = {k: v for k, v in {**LABELLED[1], **change}.items() if v is not None}
+    path.write_text(json.dumps(LABELLED[0]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        tokenize_labelled(read_rows(path), tokenizer, 16)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_every_labelled_completion_gets_the_next_one_of_another_prompt():
+    """Of any list of prompts, in runs of any length, around the end too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def number(high):
+        return int(torch.randint(high, (), generator=generator))
+
+    refused = 0
+    for _ in range(400):
+        prompts = [[number(3)] for _ in range(1 + number(5)) for _ in range(1)]
+        prompts = [prompt for prompt in prompts for _ in range(1 + number(4))]  # runs
+        rows = [(prompt, [100 + i], number(2) == 1) for i, prompt in enumerate(prompts)]
+        if len({p[0] for p in prompts}) == 1:
+            refused += 1
+            with pytest.raises(DataError, match="all completions answer one prompt"):
+                labelled_completions(rows)
+            continue
+        items = labelled_completions(rows)
+        assert [(i.prompt_ids, i.completion_ids, i.desirable) for i in items] == rows
+        for i, item in enumerate(items):
+            after = [(i + k) % len(rows) for k in range(1, len(rows))]
+            expected = next(j for j in after if rows[j][0] != item.prompt_ids)
+            assert item.other_ids == rows[expected][1]
+    assert 10 < refused < 390
+
+
+def test_no_labelled_completions_are_no_crash():
+    with pytest.raises(DataError):
+        labelled_completions([])
+
+
+def test_a_pair_is_two_labelled_completions():
+    pairs = [TokenizedPair([1], [2, 0], [3, 0]), TokenizedPair([4], [5, 0], [6, 0])]
+    assert unpaired(pairs) == [
+        LabelledCompletion([1], [2, 0], True, [5, 0]),
+        LabelledCompletion([1], [3, 0], False, [5, 0]),
+        LabelledCompletion([4], [5, 0], True, [2, 0]),
+        LabelledCompletion([4], [6, 0], False, [2, 0]),
+    ]
 
 
 def test_collate_pads_either_side_and_masks_completions():

@@ -19,7 +19,9 @@ import torch
 from conftest import make_gpt2, random_pairs
 
 from dpo_mini import training
-from dpo_mini.data import TokenizedPair
+from dpo_mini.course.plots import training_figure
+from dpo_mini.data import TokenizedPair, labelled_completions, unpaired
+from dpo_mini.family import LOSSES, REFERENCE_FREE, kto_loss
 from dpo_mini.models import without_dropout
 from dpo_mini.training import (
     TrainingConfig,
@@ -33,6 +35,7 @@ from dpo_mini.training import (
     sft_objective,
     train,
     train_preferences,
+    unpaired_objective,
 )
 
 CONFIG = TrainingConfig(
@@ -103,6 +106,149 @@ def test_accumulating_4_times_2_equals_1_times_8_with_unequal_lengths(objective)
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-9) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-9
         )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_paired_loss_accumulates_exactly(loss):
+    def run(micro):
+        model = fresh().double()
+        config = dataclasses.replace(CONFIG, steps=2, micro_batch_size=micro)
+        log = train_preferences(model, random_pairs(20), config, loss=loss)
+        return weights(model), [(row["loss"], row["grad_norm"]) for row in log[1:]]
+
+    (whole, log), (parts, log_parts) = run(8), run(2)
+    assert torch.allclose(whole, parts, atol=1e-9)
+    for a, b in zip(log, log_parts):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+def test_every_loss_trains_and_reads_a_reference_only_if_it_has_one(loss, monkeypatch):
+    reads = []
+    real = training.reference_logps
+    monkeypatch.setattr(
+        training, "reference_logps", lambda *a, **k: reads.append(1) or real(*a, **k)
+    )
+    model, config = fresh(), dataclasses.replace(CONFIG, steps=3)
+    before = weights(model)
+    log = train_preferences(model, random_pairs(8), config, loss=loss)
+    assert len(reads) == (loss not in REFERENCE_FREE)
+    assert (weights(model) - before).abs().max() > 1e-4
+    assert len(log) == 4 and all(math.isfinite(v) for row in log for v in row.values())
+    assert {"loss", "grad_norm", "rewards/accuracies"} <= set(log[1])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_falls_on_the_pairs_it_is_trained_on(loss):
+    config = dataclasses.replace(CONFIG, steps=6, warmup_steps=0)
+    log = train_preferences(fresh(), random_pairs(8), config, loss=loss)
+    assert log[-1]["loss"] < log[1]["loss"]
+
+
+def test_options_of_a_loss_reach_it_and_the_checkpoints_identity(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=1)
+    given = {"loss": "simpo", "beta": 1.5, "loss_options": {"gamma": 0.25}}
+    log = train_preferences(fresh(), random_pairs(8), config, output=tmp_path, **given)
+    other = train_preferences(
+        fresh(), random_pairs(8), config, loss="simpo", beta=1.5, loss_options={"gamma": 0.0}
+    )
+    assert log[1]["loss"] > other[1]["loss"]  # a margin to reach costs
+    for change, words in (
+        ({"loss_options": {"gamma": 0.5}}, "gamma was 0.25, is 0.5"),
+        ({"loss": "dpo", "loss_options": {}}, "loss was"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            train_preferences(
+                fresh(), random_pairs(8), config, output=tmp_path, resume=True, **given | change
+            )
+    inside = {"loss_options": {"beta": 1.5, "gamma": 0.25}}  # beta among them is as good
+    assert train_preferences(fresh(), random_pairs(8), config, loss="simpo", **inside) == log
+    with pytest.raises(TrainingError, match="takes no gamma"):
+        train_preferences(fresh(), random_pairs(8), config, loss_options={"gamma": 1.0})
+    with pytest.raises(TrainingError, match="no loss 'sigmoid'"):
+        train_preferences(fresh(), random_pairs(8), config, loss="sigmoid")
+
+
+def test_kto_of_pairs_is_kto_of_their_completions_one_by_one():
+    pairs, config = random_pairs(8), dataclasses.replace(CONFIG, steps=3)
+    one, other = fresh(), fresh()
+    log = train_preferences(one, pairs, config, loss="kto")
+    again = train_preferences(other, unpaired(pairs), config, loss="kto")
+    assert torch.equal(weights(one), weights(other)) and log == again
+    assert log[1]["loss"] == pytest.approx(0.5, abs=1e-4)  # policy = reference: z = 0, r = 0
+    names = {"rewards/signed", "rewards/accuracies", "kl", "logps/completion"}
+    assert names <= set(log[1]) and "rewards/chosen" not in log[1]
+
+
+def test_kto_learns_from_completions_without_pairs():
+    rows = [(p.prompt_ids, p.chosen_ids, i % 3 > 0) for i, p in enumerate(random_pairs(12))]
+    config = dataclasses.replace(CONFIG, steps=40, batch_size=12)
+    options = {"beta": 0.5, "loss_options": {"undesirable_weight": 2.0}}
+    log = train_preferences(fresh(), labelled_completions(rows), config, loss="kto", **options)
+    assert log[-1]["loss"] < 0.6 * log[1]["loss"] and log[-1]["rewards/accuracies"] > 0.9
+
+
+def alone(model, prompt, completion):
+    """log pi(completion | prompt), one sequence, token by token."""
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    start = len(prompt)
+    return sum(logps[start + t - 1, token].item() for t, token in enumerate(completion))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_kl_of_kto_is_that_of_completions_of_other_prompts(turned):
+    torch.manual_seed(3)
+    policy, reference = make_gpt2().double(), make_gpt2().double()
+    with torch.no_grad():
+        for p, q in zip(policy.parameters(), reference.parameters()):
+            q.copy_(p + 0.05 * q)
+    if turned:
+        policy, reference = reference, policy
+    items = unpaired(random_pairs(4))[1:]
+    answers = [  # of both models to each prompt's own and other completion
+        [
+            [alone(model, item.prompt_ids, ids) for model in (policy, reference)]
+            for ids in (item.completion_ids, item.other_ids)
+        ]
+        for item in items
+    ]
+    seen = []
+
+    def loss(logps):
+        seen.append(logps)
+        return kto_loss(logps, beta=0.4)
+
+    given = [(own[1], other[1]) for own, other in answers]
+    total, metrics = unpaired_objective(loss, 0.4).losses(policy, list(zip(items, given)))
+    (logps,) = seen
+    elsewhere = [other[0] - other[1] for _, other in answers]
+    assert logps.log_ratios_elsewhere.tolist() == pytest.approx(elsewhere, abs=1e-9)
+    assert not logps.log_ratios_elsewhere.requires_grad and logps.policy.requires_grad
+    assert logps.policy.tolist() == pytest.approx([own[0] for own, _ in answers], abs=1e-9)
+    assert logps.reference.tolist() == pytest.approx([own[1] for own, _ in answers], abs=1e-9)
+    assert logps.desirable.tolist() == [item.desirable for item in items]
+    z = max(0.0, sum(elsewhere) / len(elsewhere))
+    assert (z > 0) != turned
+    assert metrics["kl"].tolist() == pytest.approx([z] * len(items), abs=1e-9)
+    by_hand, signs = 0.0, []
+    for item, (own, _) in zip(items, answers):
+        sign = 1 if item.desirable else -1
+        by_hand += 1 / (1 + math.exp(0.4 * sign * (own[0] - own[1] - z)))
+        signs.append(0.4 * sign * (own[0] - own[1]))
+    assert total.item() == pytest.approx(by_hand, abs=1e-9)
+    assert metrics["rewards/signed"].tolist() == pytest.approx(signs, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
+def test_a_log_of_any_loss_can_be_drawn(loss):
+    log = train_preferences(fresh(), random_pairs(8), CONFIG, loss=loss)
+    panels = {axis.get_title(): axis for axis in training_figure(log, loss).axes}
+    assert panels["Loss (nats)"].lines and panels["Gradient norm"].lines
+    drawn = [line.get_label() for line in panels["Implicit rewards"].lines]
+    assert ("with the label's sign" in drawn) == (loss == "kto")
+    assert ("chosen" in drawn) == (loss != "kto")
+    assert bool(panels["KL from reference (nats)"].lines) == (loss == "kto")
 
 
 def test_means_of_micro_batch_means_would_be_another_loss():
