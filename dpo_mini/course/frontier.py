@@ -9,6 +9,9 @@ finished run is kept in runs/studies; what was stopped goes on where it was.
 """
 
 import math
+import resource
+import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +30,9 @@ from dpo_mini.course.studies import (
     study_parser,
 )
 from dpo_mini.data import tokenize_pairs
-from dpo_mini.demo import DEMO_CONFIG
+from dpo_mini.demo import DEMO_CONFIG, sample_monitor
 from dpo_mini.evaluation import Estimate, distinct_n, mean_interval, sequence_kl
+from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length, load_model
 from dpo_mini.online import online_dpo
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
@@ -44,16 +48,21 @@ from dpo_mini.rlhf import (
     text_reward,
 )
 from dpo_mini.sampling import sample_completions
-from dpo_mini.training import different_rows, rows_of, train, train_preferences
+from dpo_mini.training import (
+    TrainingConfig,
+    different_rows,
+    preference_objective,
+    reference_logps,
+    rows_of,
+    train,
+    train_preferences,
+)
 
-PROMPTS, SAMPLES, ROUNDS, MAX_NEW_TOKENS, EVALUATED = 560, 4, 7, 32, 256
-OFFLINE = replace(DEMO_CONFIG, steps=140)  # 24 pairs of 16 completions a step: each is seen once
-# 1,152 completions seen twice are as many backward passes as 2,304 seen once.
+SAMPLES, ROUNDS, MAX_NEW_TOKENS = 4, 7, 32
 PPO = PolicyGradientConfig(
-    steps=18, batch_size=64, epochs=2, minibatch_size=16, learning_rate=1e-4,
+    batch_size=64, epochs=2, minibatch_size=16, learning_rate=1e-4, beta=0.2, kl_gain=0.5,
     max_new_tokens=MAX_NEW_TOKENS,
 )  # fmt: skip
-REINFORCE = replace(PPO, steps=35)
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,26 @@ class Run:
     knob: str
     value: float
     seed: int = 0
+    prompts: int = 560  # with four completions each
+    evaluated: int = 256  # held-out prompts
 
     @property
     def name(self) -> str:
         return f"{self.method}, {self.knob} {self.value:g}"
+
+    @property
+    def offline(self) -> TrainingConfig:
+        """24 pairs of 16 completions a step: each is seen once."""
+        return replace(DEMO_CONFIG, steps=self.prompts // 4, seed=self.seed)
+
+    @property
+    def ppo(self) -> PolicyGradientConfig:
+        """Half as many completions, each seen twice."""
+        return replace(PPO, steps=-(-self.prompts * 2 // PPO.batch_size), seed=self.seed)
+
+    @property
+    def reinforce(self) -> PolicyGradientConfig:
+        return replace(PPO, steps=self.prompts * 4 // PPO.batch_size, seed=self.seed)
 
 
 class World(NamedTuple):
@@ -79,7 +104,7 @@ class World(NamedTuple):
     prompts: list[str]
     pairs: list  # of `TokenizedPair`
     true_reward: object  # of texts
-    seed: int
+    run: Run
     folder: Path
 
 
@@ -93,7 +118,7 @@ class Outcome(NamedTuple):
 def run(setting: Run, folder: Path) -> dict:
     """Train and measure: {"setting", "labels", "tokens", "report", "log"}."""
     (policy, tokenizer), (reference, _) = load_model(), load_model()
-    prompts = load_prompts("train")[:PROMPTS]
+    prompts = load_prompts("train")[: setting.prompts]
     pairs = labelled_pairs(prompts, setting.seed, folder)
     pairs = tokenize_pairs(pairs, tokenizer, context_length(policy))
     world = World(policy, reference, tokenizer, prompts, pairs, load_reward(), setting.seed, folder)
@@ -120,7 +145,7 @@ def offline(world: World, loss: str, knob: dict) -> Outcome:
     """Any loss of the family on the labelled completions, each seen once."""
     rates = {k: v for k, v in knob.items() if k == "learning_rate"}
     options = {k: v for k, v in knob.items() if k != "learning_rate"}
-    config = replace(OFFLINE, seed=world.seed, **rates)
+    config = replace(world.run.offline, **rates)
     log = train_preferences(world.policy, world.pairs, config, loss=loss, loss_options=options)
     rows = different_rows(rows_of(world.pairs))[0]
     return Outcome(log, len(rows), sum(len(ids) for _, ids in rows))
@@ -129,32 +154,93 @@ def offline(world: World, loss: str, knob: dict) -> Outcome:
 def online(world: World, beta: float) -> Outcome:
     log = online_dpo(
         world.policy, world.reference, world.tokenizer, world.prompts, world.true_reward,
-        replace(OFFLINE, seed=world.seed), beta=beta, rounds=ROUNDS, samples=SAMPLES,
+        world.run.offline, beta=beta, rounds=ROUNDS, samples=SAMPLES,
         max_new_tokens=MAX_NEW_TOKENS,
     )  # fmt: skip
     completions = len(world.prompts) * SAMPLES
     return Outcome(log, completions, completions * MAX_NEW_TOKENS)  # few end earlier
 
 
-def policy_gradient(world: World, true: bool, value_model: bool, beta: float) -> Outcome:
-    config = replace(PPO if value_model else REINFORCE, beta=beta, seed=world.seed)
+def policy_gradient(world: World, true=False, value_model=True, watch=False, **knob) -> Outcome:
+    config = replace(world.run.ppo if value_model else world.run.reinforce, **knob)
     reward, labels = reward_of(world, true)
     shared = (world.tokenizer, world.prompts, reward, config)
+    models = (world.policy, world.reference)
+    if watch:
+        prompts = held_out(64)
+        monitor = sample_monitor(
+            world.reference, world.tokenizer, prompts, world.true_reward, load_judge(),
+            max_new_tokens=MAX_NEW_TOKENS,
+        )  # fmt: skip
+        config = replace(config, monitor_every=3)
+        shared = (*shared[:3], config, monitor)
     if value_model:
-        log = ppo(world.policy, world.reference, ScalarModel(world.reference), *shared)
+        log = ppo(*models, ScalarModel(world.reference), *shared)
     else:
-        log = reinforce(world.policy, world.reference, *shared)
+        log = reinforce(*models, *shared)
     passes = config.batch_size * (config.epochs if value_model else 1)
     tokens = round(passes * sum(row["length"] for row in log[1:]))
     return Outcome(log, config.steps * config.batch_size if true else labels, tokens)
 
 
+class Reached(Exception):
+    """The goal of a timed run."""
+
+
+def cost(world: World, rlhf: bool, goal: float) -> Outcome:
+    """Seconds of each stage until the true P(positive) of fresh samples is `goal`, from the same
+    pairs, and the most memory that the process ever had; looking at the goal is not counted.
+    """
+    stages: dict[str, float] = {}
+    prompts, looking = held_out(128), [0.0]
+
+    def monitor(model, log) -> dict:
+        start = time.perf_counter()
+        drawn = sample_completions(model, world.tokenizer, prompts, 1, MAX_NEW_TOKENS, seed=7)
+        share = world.true_reward([row[0].full_text for row in drawn]).sigmoid().mean().item()
+        looking[0] += time.perf_counter() - start
+        if share >= goal:
+            raise Reached
+        return {"reward": share}
+
+    def stage(name: str, work):
+        start, looking[0] = time.perf_counter(), 0.0
+        try:
+            return work()
+        except Reached:
+            stages["reached"] = goal
+        finally:
+            stages[name] = time.perf_counter() - start - looking[0]
+
+    first = world.prompts[:140]
+    drawn = stage("sample a quarter of the pairs", lambda: labelled_pairs(first, world.run.seed))
+    del drawn
+    if rlhf:
+        model = ScalarModel(world.reference)
+        fit = (model, world.pairs, reward_objective(), world.run.offline)
+        stage("fit the reward model", lambda: train(*fit))
+        reward = learned_reward(model)
+        config = replace(world.run.ppo, steps=60, beta=0.1, monitor_every=1)
+        rest = (ScalarModel(world.reference), world.tokenizer, world.prompts, reward, config)
+        stage("PPO", lambda: ppo(world.policy, world.reference, *rest, monitor))
+    else:
+        logps = stage("read the reference", lambda: reference_logps(world.reference, world.pairs))
+        items = list(zip(world.pairs, logps.tolist()))
+        objective = preference_objective(lambda logps: dpo_loss(logps, 0.2), 0.2)
+        config = replace(world.run.offline, monitor_every=7)
+        stage("DPO", lambda: train(world.policy, items, objective, config, monitor=monitor))
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    stages["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return Outcome([{"step": 0, **stages}], 0, 0)
+
+
 def best_of_n(world: World, true: bool, n: float) -> Outcome:
     reward, labels = reward_of(world, true)
     drawn = sample_completions(
-        world.reference, world.tokenizer, held_out(), int(n), MAX_NEW_TOKENS, seed=world.seed + 1
-    )
-    return Outcome([], EVALUATED * int(n) if true else labels, 0, best_of(drawn, reward))
+        world.reference, world.tokenizer, held_out(world.run.evaluated), int(n), MAX_NEW_TOKENS,
+        seed=world.run.seed + 1,
+    )  # fmt: skip
+    return Outcome([], len(drawn) * int(n) if true else labels, 0, best_of(drawn, reward))
 
 
 def reward_of(world: World, true: bool):
@@ -166,19 +252,21 @@ def reward_of(world: World, true: bool):
     else:
         reward = learned_reward(reward_model(world))
     drawn = sample_completions(
-        world.reference, world.tokenizer, world.prompts[:128], 1, MAX_NEW_TOKENS, seed=world.seed
-    )
+        world.reference, world.tokenizer, world.prompts[:128], 1, MAX_NEW_TOKENS,
+        seed=world.run.seed,
+    )  # fmt: skip
     labels = len(different_rows(rows_of(world.pairs))[0])
     return normalised(reward, [row[0] for row in drawn]), labels
 
 
 def reward_model(world: World) -> ScalarModel:
     """Fitted to the pairs as long as a policy would be, kept for the next run of the same seed."""
-    model, path = ScalarModel(world.reference), world.folder / f"reward-{world.seed}.safetensors"
+    model, run = ScalarModel(world.reference), world.run
+    path = world.folder / f"reward-{run.seed}-{run.prompts}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
     else:
-        train(model, world.pairs, reward_objective(), replace(OFFLINE, seed=world.seed))
+        train(model, world.pairs, reward_objective(), run.offline)
         save_file(model.state_dict(), path)
     return model.to(world.reference.device).eval()
 
@@ -187,23 +275,27 @@ METHODS = {
     "reference": untrained,
     "best-of-n, learned reward": partial(best_of_n, true=False),
     "best-of-n, true reward": partial(best_of_n, true=True),
-    "ppo, learned reward": partial(policy_gradient, true=False, value_model=True),
-    "ppo, true reward": partial(policy_gradient, true=True, value_model=True),
-    "reinforce, learned reward": partial(policy_gradient, true=False, value_model=False),
+    "ppo, learned reward": policy_gradient,
+    "ppo, true reward": partial(policy_gradient, true=True),
+    "ppo, watched": partial(policy_gradient, watch=True),
+    "reinforce, learned reward": partial(policy_gradient, value_model=False),
     "reinforce, true reward": partial(policy_gradient, true=True, value_model=False),
     "online dpo": online,
+    "cost, dpo": partial(cost, rlhf=False),
+    "cost, rlhf": partial(cost, rlhf=True),
 }  # any other is the name of a loss
 
 
-def held_out() -> list[str]:
-    return load_prompts("held_out")[:EVALUATED]
+def held_out(n: int) -> list[str]:
+    return load_prompts("held_out")[:n]
 
 
 def measured(world: World, samples=None) -> dict:
     """Where a policy stands on the held-out prompts, by a fresh completion of each."""
     if samples is None:
+        prompts, seed = held_out(world.run.evaluated), world.run.seed + 1
         drawn = sample_completions(
-            world.policy, world.tokenizer, held_out(), 1, MAX_NEW_TOKENS, seed=world.seed + 1
+            world.policy, world.tokenizer, prompts, 1, MAX_NEW_TOKENS, seed=seed
         )
         samples = [row[0] for row in drawn]
     texts = [c.full_text for c in samples]
@@ -250,13 +342,28 @@ FAMILY = [
     *sweep("reinforce, true reward", "beta", 0.2, 0.8),
     *sweep("reinforce, learned reward", "beta", 0.2, 0.8),
 ]
-STUDIES = {"frontier": seeds(FRONTIER, 3), "family": seeds(FAMILY, 1)}
+FIRST = {one.method: one for one in reversed(FRONTIER + FAMILY)}  # of each method the first
+SMALL = [replace(one, prompts=80, evaluated=128) for one in FIRST.values()]
+KNOBS = [
+    *sweep("ppo, watched", "beta", 0.2, 0.0),
+    *sweep("ppo, watched", "learning_rate", 2e-3),
+    *sweep("ppo, watched", "epochs", 12),
+    *sweep("ppo, watched", "target_kl", 6),
+]
+STUDIES = {
+    "frontier": seeds(FRONTIER, 3),
+    "family": seeds(FAMILY, 1),
+    "small": seeds(SMALL, 3),
+    "ppo_knobs": seeds(KNOBS, 1),
+    "cost": seeds([*sweep("cost, dpo", "goal", 0.85), *sweep("cost, rlhf", "goal", 0.85)], 3),
+}
 
 
 def main(argv=None) -> None:
     module = "dpo_mini.course.frontier"
     args = study_parser(module, __doc__, STUDIES).parse_args(argv)
-    results = study(args.name, STUDIES[args.name], run, Path(args.folder), args.workers)
+    settings, folder = STUDIES[args.name], Path(args.folder)
+    results = study(args.name, settings, run, folder, args.workers, fresh=args.name == "cost")
     store(args.name, module, results, Path(args.output))
 
 

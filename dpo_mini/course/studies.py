@@ -223,17 +223,20 @@ STUDIES = {
 }
 
 
-def study(name: str, settings, run, folder: Path, workers: int = 1) -> list[dict]:
+def study(
+    name: str, settings, run, folder: Path, workers: int = 1, fresh: bool = False
+) -> list[dict]:
     """The results of `run(setting, folder)` for all settings, in order; those already in `folder`
-    are read.
+    are read. With `fresh` each run has a process of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {s: folder / f"{name}-{mark(s)}.json" for s in settings}
     todo = [s for s in paths if not paths[s].exists()]
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(
-        workers, get_context("spawn"), torch.set_num_threads, (threads,)
-    ) as pool:
+        workers, get_context("spawn"), torch.set_num_threads, (threads,),
+        max_tasks_per_child=1 if fresh else None,
+    ) as pool:  # fmt: skip
         jobs = {pool.submit(run, setting, folder): setting for setting in todo}
         for i, job in enumerate(as_completed(jobs), start=1):
             setting, result = jobs[job], job.result()
