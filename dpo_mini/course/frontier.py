@@ -8,10 +8,12 @@ Policies see equally many completions in their backward passes (`tokens` in the 
 finished run is kept in runs/studies; what was stopped goes on where it was.
 """
 
+import itertools
 import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -219,7 +221,10 @@ def cost(world: World, rlhf: bool, goal: float) -> Outcome:
         model = ScalarModel(world.reference)
         fit = (model, world.pairs, reward_objective(), world.run.offline)
         stage("fit the reward model", lambda: train(*fit))
-        reward = learned_reward(model)
+        shown = sample_completions(
+            world.reference, world.tokenizer, world.prompts[:128], 1, MAX_NEW_TOKENS
+        )
+        reward = normalised(learned_reward(model), [row[0] for row in shown])
         config = replace(world.run.ppo, steps=60, beta=0.1, monitor_every=1)
         rest = (ScalarModel(world.reference), world.tokenizer, world.prompts, reward, config)
         stage("PPO", lambda: ppo(world.policy, world.reference, *rest, monitor))
@@ -307,6 +312,37 @@ def measured(world: World, samples=None) -> dict:
     }
     report = {name: estimate._asdict() for name, estimate in estimates.items()}
     return report | {"distinct_2": distinct_n([c.text for c in samples])}
+
+
+# --- reading the results ---
+
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, 97.5%, of n - 1 degrees
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of one number for each seed (2 to 5 of them), with Student's 95% interval."""
+    mean, n = sum(values) / len(values), len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return Estimate(mean, mean - T_QUANTILE[n] * error, mean + T_QUANTILE[n] * error)
+
+
+def points(runs: Sequence[dict], method: str, number="reward_policy") -> dict[int, list[tuple]]:
+    """Where a method's settings ended: for each seed (KL, number) of each, in order of KL."""
+    found: dict[int, list[tuple]] = {}
+    for run in runs:
+        if run["setting"]["method"] == method:
+            report = run["report"]
+            place = (report["kl"]["mean"], report[number]["mean"])
+            found.setdefault(run["setting"]["seed"], []).append(place)
+    return {seed: sorted(places) for seed, places in found.items()}
+
+
+def reward_at(kl: float, places: Sequence[tuple]) -> float | None:
+    """The reward at `kl` nats on the straight lines between (KL, reward); None outside them."""
+    for (low, before), (high, after) in itertools.pairwise(sorted(places)):
+        if low <= kl <= high and high > low:
+            return before + (after - before) * (kl - low) / (high - low)
+    return None
 
 
 # --- the studies ---
