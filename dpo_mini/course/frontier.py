@@ -355,8 +355,8 @@ def sweep(method: str, knob: str, *values: float) -> list[Run]:
 FRONTIER = [
     *sweep("reference", "beta", 0),
     *sweep("dpo", "beta", 0.1, 0.2, 0.5, 1.0),
-    *sweep("ppo, learned reward", "beta", 0.1, 0.2, 0.4, 0.8),
-    *sweep("ppo, true reward", "beta", 0.1, 0.2, 0.4, 0.8),
+    *sweep("ppo, learned reward", "beta", 0.05, 0.1, 0.2, 0.4),
+    *sweep("ppo, true reward", "beta", 0.05, 0.1, 0.2, 0.4),
     *sweep("preferred-ft", "learning_rate", 5e-5, 1e-4, 2e-4, 4e-4),
     *sweep("unlikelihood", "alpha", 0.05, 0.1, 0.5, 1.0),
     *sweep("best-of-n, learned reward", "n", 2, 4, 8, 16),
@@ -383,7 +383,7 @@ SMALL = [replace(one, prompts=80, evaluated=128) for one in FIRST.values()]
 KNOBS = [
     *sweep("ppo, watched", "beta", 0.2, 0.0),
     *sweep("ppo, watched", "learning_rate", 2e-3),
-    *sweep("ppo, watched", "epochs", 12),
+    *sweep("ppo, watched", "epochs", 6),
     *sweep("ppo, watched", "target_kl", 6),
 ]
 STUDIES = {
