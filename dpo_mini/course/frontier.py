@@ -123,7 +123,7 @@ def run(setting: Run, folder: Path) -> dict:
     prompts = load_prompts("train")[: setting.prompts]
     pairs = labelled_pairs(prompts, setting.seed, folder)
     pairs = tokenize_pairs(pairs, tokenizer, context_length(policy))
-    world = World(policy, reference, tokenizer, prompts, pairs, load_reward(), setting.seed, folder)
+    world = World(policy, reference, tokenizer, prompts, pairs, load_reward(), setting, folder)
     method, knob = setting.method, {setting.knob: setting.value}
     outcome = METHODS[method](world, **knob) if method in METHODS else offline(world, method, knob)
     report = measured(world, outcome.samples)
