@@ -37,7 +37,7 @@ class ScalarModel(nn.Module):
         self.head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.to(model.device)
+        self.to(model.device, model.dtype)
 
     @property
     def device(self):
