@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo_mini.checkpoints import TrainingError
 from dpo_mini.data import Batch, TokenizedPair, collate
 from dpo_mini.logprobs import token_logps
 from dpo_mini.sampling import Completion, sample_completions
@@ -37,7 +38,7 @@ class ScalarModel(nn.Module):
         self.head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.to(model.device)
+        self.to(model.device, model.dtype)
 
     @property
     def device(self):
@@ -183,6 +184,11 @@ def reinforce(
     The whole completion is one action with return r(x, y) - beta log(pi(y|x) / pi_ref(y|x)): one
     step along advantage * grad log pi(y|x) for each batch of fresh samples.
     """
+    if config.samples < 2 or config.batch_size % config.samples:
+        raise TrainingError(
+            f"{config.batch_size} completions a step, {config.samples} samples of each prompt: "
+            "expected two or more samples, and as many of every prompt."
+        )
     optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0)
     n_prompts = config.batch_size // config.samples
 
