@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
@@ -23,7 +22,7 @@ from dpo_mini.checkpoints import (
 )
 from dpo_mini.data import LabelledCompletion, TokenizedPair, collate, unpaired
 from dpo_mini.family import LOSSES, REFERENCE_FREE, LabelledLogps, kto_loss
-from dpo_mini.logprobs import sequence_logps, token_logps
+from dpo_mini.logprobs import completion_logps, different_rows, token_logps
 from dpo_mini.losses import PairLogps, preference_metrics
 
 
@@ -113,24 +112,6 @@ def rows_of(items: Sequence[TokenizedPair | LabelledCompletion]) -> list[tuple]:
     ]
 
 
-def completion_logps(model, rows) -> Tensor:
-    """log pi(completion | prompt) of each (prompt ids, completion ids), [rows]; equal ones are read
-    once.
-    """
-    different, index = different_rows(rows)
-    logps = sequence_logps(model, *collate(different).to(model.device))
-    return logps[index.to(logps.device)]
-
-
-def different_rows(rows: Sequence[tuple]) -> tuple[list, Tensor]:
-    """The different ones among rows (prompt ids, completion ids), and where in them each row is,
-    int64 [rows]: a completion that is in several pairs need be read only once.
-    """
-    places: dict[tuple, int] = {}
-    index = [places.setdefault((*prompt, -1, *ids), len(places)) for prompt, ids in rows]
-    return list(dict(zip(index, rows)).values()), torch.tensor(index)
-
-
 def sft_objective() -> Objective:
     """Items are (prompt ids, completion ids); the loss is -log pi(token) of completion tokens."""
 
@@ -167,8 +148,7 @@ def reference_logps(
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         for i in tqdm(range(0, len(rows), batch_size), "reference", disable=not progress):
             chunk = by_length[i : i + batch_size]
-            batch = collate([rows[j] for j in chunk]).to(model.device)
-            logps[chunk] = sequence_logps(model, *batch).float().cpu()
+            logps[chunk] = completion_logps(model, [rows[j] for j in chunk]).float().cpu()
     logps = logps[index].view(-1, 2)
     if cache:
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +243,6 @@ def train(
     identity = {**asdict(config), **(identity or {}), "items": len(items)}
     checkpoint = Path(output) / "checkpoint.safetensors" if output else None
     log = load_checkpoint(checkpoint, parameters, optimizer, identity) if resume else []
-    policy = accelerator.prepare_model(model)
 
     def watch():
         log[-1] |= monitor(model, log) if monitor and main else {}
@@ -282,7 +261,7 @@ def train(
     with bar, interruption() as interrupted:
         for step in range(first + 1, config.steps + 1):
             order = batch_indices(len(items), step - 1, config)
-            sums = accumulate(accelerator, policy, [items[i] for i in order], objective, config)
+            sums = accumulate(accelerator, model, [items[i] for i in order], objective, config)
             sums["stop"] = torch.tensor(float(interrupted.is_set()), device=model.device)
             row = {k: v.item() for k, v in accelerator.reduce(sums, "sum").items()}
             stop, last = row.pop("stop") > 0, step == config.steps
@@ -312,7 +291,7 @@ def train(
     return log
 
 
-def accumulate(accelerator, policy, batch, objective, config) -> dict[str, Tensor]:
+def accumulate(accelerator, model, batch, objective, config) -> dict[str, Tensor]:
     """Add a batch's gradient to the parameters, micro-batch by micro-batch.
 
     Each loss term weighs 1 / (terms of the whole batch), so that neither micro-batches nor
@@ -324,14 +303,16 @@ def accumulate(accelerator, policy, batch, objective, config) -> dict[str, Tenso
     size = config.micro_batch_size or len(mine)
     sums: dict[str, Tensor] = {}
     for start in range(0, len(mine), size):
-        last = start + size >= len(mine)
-        with nullcontext() if last else accelerator.no_sync(policy):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
-                loss, metrics = objective.losses(policy, mine[start : start + size])
-            accelerator.backward(loss * processes / total)  # processes average their gradients
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
+            loss, metrics = objective.losses(model, mine[start : start + size])
+        (loss / total).backward()
         means = {"loss": loss.detach() / total}
         means |= {name: values.sum() / len(batch) for name, values in metrics.items()}
         sums = {name: sums.get(name, 0) + value for name, value in means.items()}
+    if processes > 1:  # each has its share of the sum over the batch
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "sum")
     return sums
 
 
