@@ -562,7 +562,9 @@ def parser() -> argparse.ArgumentParser:
         help="prefer the higher reward, or draw the winner by Bradley-Terry",
     )
 
-    p = verb("train", run_train, "train on preference pairs with DPO", "runs/train")
+    p = verb(
+        "train", run_train, "train on preference pairs, with DPO or another loss", "runs/train"
+    )
     model_option(p, "the model to train; as it is now it is also the reference")
     p.add_argument(
         "--pairs",
