@@ -218,8 +218,8 @@ STUDIES = {
     "beta_sweep": seeds(SWEEP, 5),
     "failures": FAILURES,
     "unseen": UNSEEN,
-    "curation": seeds(CURATIONS, 1),
-    "too_long": seeds([LONG], 2),
+    "curation": seeds(CURATIONS, 5),
+    "too_long": seeds([LONG], 5),
 }
 
 
