@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -26,6 +27,7 @@ LOSS_NAMES = (
     "dpo", "cdpo", "robust", "dpo-norm", "ipo", "ipo-token", "hinge", "apo-zero", "apo-down",
     "simpo", "cpo", "orpo", "preferred-ft", "unlikelihood", "kto",
 )  # fmt: skip
+LOG_2_AT_FIRST = ("dpo", "cdpo", "robust", "dpo-norm")  # where policy and reference are one
 
 
 def main(argv=None) -> int:
@@ -219,7 +221,9 @@ def run_train(args) -> dict:
         card = model_card(args.model, args.pairs, settings)
         save_model(merged(model), tokenizer, args.output, card)
         write_jsonl(Path(args.output) / "log.jsonl", log)
-        training_figure(log).savefig(Path(args.output) / "training.png", dpi=110)
+        start = math.log(2) if args.loss in LOG_2_AT_FIRST else None
+        figure = training_figure(log, start=start)
+        figure.savefig(Path(args.output) / "training.png", dpi=110)
     say(args, f"Loss {log[1]['loss']:.4f} -> {log[-1]['loss']:.4f}.")
     say(args, f"Model, log and training.png are in {args.output}.")
     say(args, f"Next: dpo-mini evaluate --model {args.output} --reference {args.model}")
@@ -562,7 +566,9 @@ def parser() -> argparse.ArgumentParser:
         help="prefer the higher reward, or draw the winner by Bradley-Terry",
     )
 
-    p = verb("train", run_train, "train on preference pairs with DPO", "runs/train")
+    p = verb(
+        "train", run_train, "train on preference pairs, with DPO or another loss", "runs/train"
+    )
     model_option(p, "the model to train; as it is now it is also the reference")
     p.add_argument(
         "--pairs",

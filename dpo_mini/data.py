@@ -255,20 +255,23 @@ def warn_of_merges(count: int) -> None:
 def labelled_completions(
     rows: Sequence[tuple[list[int], list[int], bool]],
 ) -> list[LabelledCompletion]:
-    """(prompt ids, completion ids, called good?) as `LabelledCompletion`s: each is given the next
-    completion in the list that answers another prompt. Raises DataError where there is none.
+    """(prompt ids, completion ids, called good?) as `LabelledCompletion`s. Each is given the
+    completion at its own place in the next run of rows with one prompt, so that good and bad ones
+    are given alike. Raises DataError where all answer one prompt.
     """
-    others: list[list[int]] = [[]] * len(rows)
-    following = None  # the start of the next run of rows with another prompt than row i's
-    for i in range(2 * len(rows) - 1, -1, -1):  # twice round, so that the last find the first
-        here, after = i % len(rows), (i + 1) % len(rows)
-        if rows[here][0] != rows[after][0]:
-            following = after
-        if following is not None:
-            others[here] = rows[following][1]
-    if following is None:
+    runs: list[list[int]] = []
+    for i, (prompt, *_) in enumerate(rows):
+        if not runs or prompt != rows[runs[-1][0]][0]:
+            runs.append([])
+        runs[-1].append(i)
+    if len({tuple(rows[run[0]][0]) for run in runs}) < 2:
         raise DataError("all completions answer one prompt: KTO's KL estimate needs two or more.")
-    return [LabelledCompletion(*row, other) for row, other in zip(rows, others)]
+    if rows[runs[0][0]][0] == rows[runs[-1][0]][0]:  # the list is a ring
+        runs[0] = runs.pop() + runs[0]
+    others = {}
+    for run, following in zip(runs, runs[1:] + runs[:1]):
+        others |= {i: rows[following[k % len(following)]][1] for k, i in enumerate(run)}
+    return [LabelledCompletion(*row, others[i]) for i, row in enumerate(rows)]
 
 
 def unpaired(pairs: Sequence[TokenizedPair]) -> list[LabelledCompletion]:

@@ -34,7 +34,7 @@ def per_token(logps: PairLogps) -> PairLogps:
 def dpo_norm_loss(logps: PairLogps, beta: float = 2.0) -> Tensor:
     """Length-normalised DPO: -log sigmoid(beta (r_w / |y_w| - r_l / |y_l|)).
 
-    Lambert et al. 2024 (Tülu 3, arXiv 2411.15124), equation 6. `beta` is some tens of times that of
+    Lambert et al. 2024 (Tülu 3, arXiv 2411.15124), section 5. `beta` is some tens of times that of
     DPO, since it multiplies nats per token.
     """
     return dpo_loss(per_token(logps), beta)
@@ -63,7 +63,7 @@ def hinge_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
     """max(0, 1 - beta (r_w - r_l)): a pair is done once its margin is 1 / beta.
 
     SLiC's loss (Zhao et al. 2023, arXiv 2305.10425) on log-ratios, as Liu et al. 2023 (RSO, arXiv
-    2309.06657) write it, equation 10.
+    2309.06657) write it ("hinge-norm").
     """
     chosen, rejected = implicit_rewards(logps, beta)
     return F.relu(1 - (chosen - rejected))
@@ -118,7 +118,7 @@ def cpo_loss(logps: PairLogps, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
     """-log sigmoid(beta (log pi(y_w|x) - log pi(y_l|x))) - alpha log pi(y_w|x) / |y_w|.
 
     DPO with a uniform reference, and a likelihood term without which it is another method: Xu et
-    al. 2024 (arXiv 2401.08417), equation 5. The likelihood is per token, as in its code.
+    al. 2024 (arXiv 2401.08417), L_prefer + L_NLL. The likelihood is per token, as in its code.
     """
     preference = -F.logsigmoid(beta * (logps.chosen - logps.rejected))
     return preference - alpha * per_token(logps).chosen
@@ -199,7 +199,7 @@ def kto_loss(
     """lambda_D (1 - sigmoid(beta (r - z))) for a desirable completion and lambda_U
     (1 - sigmoid(beta (z - r))) for an undesirable one, r = log pi(y|x) - log pi_ref(y|x).
 
-    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8. z, the point that gains and losses are
+    Ethayarajh et al. 2024 (arXiv 2402.01306), L_KTO. z, the point that gains and losses are
     felt from, stands for KL(pi || pi_ref): the mean of `log_ratios_elsewhere` over the batch, at
     least 0, without gradient. With one item in a batch it is noise.
     """

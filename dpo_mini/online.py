@@ -20,8 +20,14 @@ def online_dpo(
     The policy changes in place; the reference stays what it was, so that beta means what it means
     offline. With one round it is offline DPO. Guo et al. 2024 (arXiv 2402.04792) take a fresh batch
     at every step, `rounds` = `config.steps`. The learning rate falls from round to round in place
-    of from step to step.
+    of from step to step. A round whose completions are all alike to the reward teaches nothing and
+    is passed over. ValueError where there are fewer prompts than rounds.
     """
+    if len(prompts) < rounds:
+        raise ValueError(
+            f"expected a new prompt for each of {rounds} rounds, got {len(prompts)} prompts; "
+            "give more prompts or ask for fewer rounds"
+        )
     log: list[dict] = []
     objective = preference_objective(lambda logps: dpo_loss(logps, beta), beta)
     for k in range(rounds):
@@ -30,6 +36,8 @@ def online_dpo(
             policy, tokenizer, its_prompts, reward, samples, max_new_tokens,
             seed=config.seed * 100_003 + k, progress=progress,
         )  # fmt: skip
+        if not pairs:
+            continue
         tokenized = tokenize_pairs(pairs, tokenizer, context_length(policy))
         items = list(zip(tokenized, reference_logps(reference, tokenized).tolist()))
         of_round = replace(
@@ -41,6 +49,6 @@ def online_dpo(
             seed=config.seed + k,
         )
         rows = train(policy, items, objective, of_round, monitor=monitor, progress=progress)
-        for row in rows[0 if k == 0 else 1 :]:
+        for row in rows[1 if log else 0 :]:
             log.append({**row, "step": row["step"] + done, "round": k + 1})
     return log

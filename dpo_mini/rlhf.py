@@ -96,7 +96,7 @@ def text_reward(judge: Callable[[Sequence[str]], Tensor]) -> Reward:
 def normalised(reward: Reward, completions: Sequence[Completion]) -> Reward:
     """`reward` with mean 0 and standard deviation 1 over `completions` of the reference.
 
-    Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. It changes the unit that beta is in.
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2. It changes the unit that beta is in.
     """
     scores = reward(completions)
     mean, deviation = scores.mean(), scores.std()
@@ -170,7 +170,7 @@ def leave_one_out(returns: Tensor) -> Tensor:
     """Each return minus the mean of the others of its prompt, [prompts, samples].
 
     A baseline that does not depend on the sample itself leaves the gradient's mean as it is (Kool
-    et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, equation 7).
+    et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
     """
     n = returns.shape[1]
     return (returns - returns.mean(1, keepdim=True)) * n / (n - 1)
@@ -315,7 +315,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 def adapted_beta(beta: float, kl: float, target: float, gain: float) -> float:
     """A larger beta after a KL above the target, a smaller one after a KL below: the controller of
-    Ziegler et al. 2019, section 2.2, its error kept within a fifth.
+    Ziegler et al. 2019, section 2, its error kept within a fifth.
     """
     error = max(-0.2, min(0.2, kl / target - 1))
     return beta * (1 + gain * error)

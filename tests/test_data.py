@@ -197,8 +197,10 @@ def test_every_labelled_completion_gets_the_next_one_of_another_prompt():
         assert [(i.prompt_ids, i.completion_ids, i.desirable) for i in items] == rows
         for i, item in enumerate(items):
             after = [(i + k) % len(rows) for k in range(1, len(rows))]
-            expected = next(j for j in after if rows[j][0] != item.prompt_ids)
-            assert item.other_ids == rows[expected][1]
+            start = next(k for k, j in enumerate(after) if rows[j][0] != item.prompt_ids)
+            (end,) = [k for k, j in enumerate(after) if rows[j][1] == item.other_ids]
+            between = [rows[j][0] for j in after[start : end + 1]]
+            assert between and all(prompt == between[0] for prompt in between)  # the next run
     assert 10 < refused < 390
 
 
@@ -211,9 +213,9 @@ def test_a_pair_is_two_labelled_completions():
     pairs = [TokenizedPair([1], [2, 0], [3, 0]), TokenizedPair([4], [5, 0], [6, 0])]
     assert unpaired(pairs) == [
         LabelledCompletion([1], [2, 0], True, [5, 0]),
-        LabelledCompletion([1], [3, 0], False, [5, 0]),
+        LabelledCompletion([1], [3, 0], False, [6, 0]),
         LabelledCompletion([4], [5, 0], True, [2, 0]),
-        LabelledCompletion([4], [6, 0], False, [2, 0]),
+        LabelledCompletion([4], [6, 0], False, [3, 0]),
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo_mini import exact
-from dpo_mini.cli import LOSS_NAMES
+from dpo_mini.cli import LOG_2_AT_FIRST, LOSS_NAMES
 from dpo_mini.family import (
     LOSSES,
     REFERENCE_FREE,
@@ -196,6 +196,13 @@ CHECKS = [check_formula, check_extremes]
 def test_every_loss_has_a_formula_here_and_a_name_on_the_command_line():
     assert list(FORMULAS) == list(LOSSES)
     assert list(LOSS_NAMES) == [*LOSSES, "kto"]
+
+
+def test_which_losses_begin_at_log_2():
+    logps, tokens = torch.tensor([-30.0, -7.0]), torch.tensor([9.0, 4.0])
+    still = PairLogps(logps, logps - 5, logps, logps - 5, tokens, tokens + 1)
+    same = (name for name, f in LOSSES.items() if (f(still) - math.log(2)).abs().max() < 1e-5)
+    assert tuple(same) == LOG_2_AT_FIRST
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -10,7 +10,7 @@ from dpo_mini.course import frontier, studies
 RESULTS = Path(__file__).resolve().parents[1] / "notebooks" / "results"
 
 
-@pytest.mark.parametrize("name", list(frontier.STUDIES))
+@pytest.mark.parametrize("name", frontier.STUDIES)
 def test_a_stored_study_is_that_of_the_code(name):
     stored = studies.stored(RESULTS / f"{name}.json")
     assert stored["command"].endswith(f"frontier {name}")
@@ -36,7 +36,7 @@ def test_offline_runs_see_each_pair_once_and_ppo_as_many_completions():
     assert abs(run.reinforce.steps * run.reinforce.batch_size / (run.prompts * 4) - 1) < 0.05
 
 
-SMALL = {"prompts": 4, "evaluated": 8}
+SMALL = {"prompts": frontier.ROUNDS, "evaluated": 8}
 METHODS = [
     ("reference", "beta", 0), ("orpo", "beta", 0.1), ("kto", "beta", 0.1),
     ("ppo, true reward", "beta", 0.2), ("best-of-n, learned reward", "n", 2),

@@ -108,13 +108,20 @@ def test_the_readme_names_its_commands(command):
     assert command in (ROOT / "README.md").read_text()
 
 
+def test_a_cell_has_only_tags_that_mean_something():
+    known = {"nbval-check-output", "parameters"}
+    for path in sorted(ROOT.glob("*/*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            assert set(cell["metadata"].get("tags", [])) <= known, (path.name, cell["source"])
+
+
 def test_no_floor_imports_a_floor_above_it():
     floors = [
-        ["hub", "losses", "data", "checkpoints", "exact"],
+        ["hub", "losses", "family", "data", "checkpoints", "exact"],
         ["logprobs", "models", "curation"],
         ["sampling", "rewards"],
-        ["training", "evaluation"],
-        ["demo", "cli"],
+        ["training", "evaluation", "rlhf"],
+        ["demo", "cli", "online"],
     ]
     height = {room: i for i, rooms in enumerate(floors) for room in rooms}
     for room, floor in height.items():

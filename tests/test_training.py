@@ -249,6 +249,12 @@ def test_a_log_of_any_loss_can_be_drawn(loss):
     assert ("with the label's sign" in drawn) == (loss == "kto")
     assert ("chosen" in drawn) == (loss != "kto")
     assert bool(panels["KL from reference (nats)"].lines) == (loss == "kto")
+    start = {"dpo": math.log(2), "kto": 0.5, "orpo": None}[loss]
+    lines = training_figure(log, start=start).axes[0].lines
+    assert len(lines) == 2 + (start is not None)
+    if start is not None:
+        assert log[1]["loss"] == pytest.approx(start, abs=1e-3)
+        assert lines[0].get_ydata()[0] == start
 
 
 def test_means_of_micro_batch_means_would_be_another_loss():

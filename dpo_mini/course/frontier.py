@@ -389,7 +389,7 @@ KNOBS = [
 STUDIES = {
     "frontier": seeds(FRONTIER, 3),
     "family": seeds(FAMILY, 1),
-    "small": seeds(SMALL, 3),
+    "small": seeds(SMALL, 1),
     "ppo_knobs": seeds(KNOBS, 1),
     "cost": seeds([*sweep("cost, dpo", "goal", 0.85), *sweep("cost, rlhf", "goal", 0.85)], 3),
 }

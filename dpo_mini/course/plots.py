@@ -1,6 +1,7 @@
 """Figures, each a pure function from numbers to a matplotlib Figure."""
 
 import io
+import math
 
 from matplotlib.figure import Figure
 
@@ -25,9 +26,14 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def training_figure(log: list[dict], title: str | None = None) -> Figure:
+def training_figure(
+    log: list[dict], title: str | None = None, start: float | None = math.log(2)
+) -> Figure:
     """How a preference run went, in eight pictures: what the batches said (faint, and its running
     mean), and what was measured now and then on held-out pairs and fresh samples (dots).
+
+    `start`: what the loss is before the policy has moved, DPO's unless said; None where that
+    depends on the pairs.
     """
     steps = [row for row in log if "loss" in row]
     figure = Picture(figsize=(13, 5.6), layout="constrained")
@@ -48,7 +54,9 @@ def training_figure(log: list[dict], title: str | None = None) -> Figure:
         if watched:
             axis.plot(*zip(*watched), "o-", color=colour, label=label, ms=4, lw=1.5)
 
-    loss.axhline(0.6931, color=GREY, ls=":", lw=1, label="log 2: knows nothing")
+    if start is not None:
+        name = "log 2: knows nothing" if start == math.log(2) else "knows nothing"
+        loss.axhline(start, color=GREY, ls=":", lw=1, label=name)
     curve(loss, "loss", BLUE, "batch")
     dots(loss, "held_out/loss", ORANGE, "held out")
     curve(rewards, "rewards/chosen", GREEN, "chosen")
