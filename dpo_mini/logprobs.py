@@ -4,10 +4,13 @@ the same numbers without the waste.
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from dpo_mini.data import collate
 
 
 def token_logps(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -52,9 +55,13 @@ def completion_logps(model, rows: Sequence[tuple[list[int], list[int]]]) -> Tens
 
     Equal rows are read once, a prompt once for all its completions (where that pays), the last
     token of a completion not at all, since it predicts nothing. Logits are computed only where a
-    completion's token is predicted, never all at once. Equal to `sequence_logps` up to rounding.
+    completion's token is predicted, never all at once. Equal to `sequence_logps` up to rounding; for
+    a model whose logits are more than its head on its last hidden state, it is `sequence_logps`.
     """
     different, index = different_rows(rows)
+    if not splits(model):
+        logps = sequence_logps(model, *collate(different).to(model.device))
+        return logps[index.to(logps.device)]
     batch = layout(different, shares_prompts(different)).to(model.device)
     body, head = body_and_head(model)
     hidden = body(
@@ -141,6 +148,21 @@ def body_and_head(model):
     """A causal model's two halves: token ids to hidden states, hidden states to logits."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     return causal.base_model, causal.get_output_embeddings()
+
+
+def splits(model) -> bool:
+    """Are the logits its head on its last hidden state, neither scaled nor capped? Tried once."""
+    if model not in SPLITS:
+        body, head = body_and_head(model)
+        tokens = torch.tensor([[1, 2, 3]], device=model.device)
+        with torch.no_grad():
+            whole = model(input_ids=tokens).logits
+            halves = head(body(input_ids=tokens).last_hidden_state)
+        SPLITS[model] = torch.allclose(whole.float(), halves.float(), rtol=1e-2, atol=1e-2)
+    return SPLITS[model]
+
+
+SPLITS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def vocabulary_logps(head, hidden: Tensor, targets: Tensor) -> Tensor:

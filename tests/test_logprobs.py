@@ -164,6 +164,21 @@ def test_the_fast_path_equals_the_definition(any_model, share, at_once, monkeypa
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_that_scales_its_logits_takes_the_plain_path(gpt2):
+    """Cohere's and Granite's do; head(hidden) alone would be another distribution."""
+    scaled, rows = copy.deepcopy(gpt2), many_rows()
+    scaled.register_forward_hook(lambda module, inputs, output: halved(output))
+
+    def halved(output):
+        output.logits = output.logits / 2
+        return output
+
+    assert logprobs.splits(gpt2) and not logprobs.splits(scaled)
+    assert torch.allclose(completion_logps(scaled, rows), sequence_logps(scaled, *collate(rows)))
+    far = completion_logps(scaled, rows) - completion_logps(gpt2, rows)
+    assert far.abs().min() > 1e-3
+
+
 def test_a_shared_prompt_is_read_once_and_a_completions_last_token_never():
     rows = [([0, 1, 2], [5, 6, 0]), ([0, 1, 2], [7, 0]), ([0, 3], [8])]
     apart, together = layout(rows, False), layout(rows, True)
