@@ -117,6 +117,8 @@ REINFORCE = Exercise(
               "With more samples this baseline grows without end; it should be what one other sample earns on average."),
         Wrong("one baseline for all prompts", reinforced(lambda r: left_out(r.view(1, -1)).view_as(r)),
               "Some prompts are easier than others: compare a sample with those of its own prompt."),
+        Wrong("the mean of the whole batch", reinforced(lambda r: r - r.mean()),
+              "Some prompts are easier than others: compare a sample with those of its own prompt, itself left out."),
         Wrong("compared across prompts", reinforced(lambda r: r - r.mean(0, keepdim=True)),
               "Which dimension holds the samples of one prompt?"),
         Wrong("divided by the standard deviation", reinforced(lambda r: left_out(r) / r.std(1, keepdim=True)),

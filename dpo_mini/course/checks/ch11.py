@@ -213,6 +213,8 @@ ORPO = Exercise(
               "Odds are p against 1 - p: three to one for p = 0.75. Which sign has log(1 - p) then?"),
         Wrong("the odds, not their logarithm", orpo(odds=lambda m: (-torch.expm1(-m.clamp(min=-500))).neg().reciprocal()),
               "The sigmoid is taken of the logarithm of the odds ratio: equal odds must give sigma(0) = 1/2."),
+        Wrong("the logarithm of a sigmoid that rounds to 0", orpo(combine=lambda m, n, ratio, b: -m - b * torch.sigmoid(ratio).log()),
+              "Where the rejected text's odds are far above, the sigmoid rounds to 0 and its logarithm is infinite. torch has both in one function."),
         Wrong("the ratio is upside down", orpo(combine=lambda m, n, ratio, b: -m - b * logsigmoid(-ratio)),
               "This raises the odds of the rejected completion. When must the second part be small?"),
         Wrong("the second part has the wrong sign", orpo(combine=lambda m, n, ratio, b: -m + b * logsigmoid(ratio)),

@@ -164,7 +164,7 @@ WIN_RATE_COST = Exercise(
         Wrong("averaged under the reference", by_n(lambda n: LOG(n) - (n - 1)),
               "This is below 0, which no KL can be. Whose texts are averaged over: does F of a best-of-n text have the density 1?"),
         Wrong("the other direction", by_n(lambda n: n - 1 - LOG(n)),
-              "This is KL(pi_ref || best-of-n). Whose samples does KL(pi || pi_ref) average over?"),
+              "This is KL(pi_ref || best-of-n). Whose samples does KL(pi || pi_ref) average over? Or is your n upside down? A win rate of 3/4 must give n = 3."),
         Wrong("the win rate taken for n", right_kl,
               "This formula wants n, the number of samples. How often does the best of n + 1 samples come from the group of n?"),
         Wrong("win rate (n-1)/n", by_n(right_kl, lambda w: 1 / (1 - w)),
@@ -530,9 +530,9 @@ def of_seed_gaps(estimate):
     return lambda a, b: estimate((a - b).mean(1))
 
 
-def unpaired_seeds(a, b):
+def unpaired_seeds(a, b, freedom=lambda n: 2 * n - 2):
     first, second = a.mean(1), b.mean(1)
-    half = t_quantile(2 * len(a) - 2) * ((first.var() + second.var()) / len(a)).sqrt()
+    half = t_quantile(freedom(len(a))) * ((first.var() + second.var()) / len(a)).sqrt()
     mean = first.mean() - second.mean()
     return mean.item(), (mean - half).item(), (mean + half).item()
 
@@ -580,6 +580,8 @@ SEEDS = Exercise(
               "All texts of one run come from one training: if its seed was lucky, they all were. How many trainings have you seen?"),
         Wrong("prompts are counted, not seeds", lambda a, b: of_prompts((a - b).mean(0)),
               "That is the interval of notebook 09, for other prompts and these very runs. The claim here is about what another training would give."),
+        Wrong("prompts are counted, not seeds, with 4.3027", lambda a, b: of_prompts((a - b).mean(0), 4.3027),
+              "The mean over seeds comes first and hides them: what is left is the scatter of prompts. What would another training give?"),
         Wrong("1.96, as if there were many seeds", of_seed_gaps(over_seeds(lambda n: 1.96)),
               "From a few seeds the standard deviation itself is badly known, and 1.96 does not know that. What is the table for?"),
         Wrong("the table's row n", of_seed_gaps(over_seeds(lambda n: t_quantile(n))),
@@ -589,6 +591,8 @@ SEEDS = Exercise(
         Wrong("90%, not 95%", of_seed_gaps(over_seeds(lambda n: t_quantile(n - 1, 0.9))),
               "This leaves five in a hundred out on each side. How many should be left out in all?"),
         Wrong("unpaired", unpaired_seeds,
+              "Both runs of a seed had the same labelled completions; what these did to both must drop out. Of what is the standard deviation?"),
+        Wrong("unpaired, with the t of one method", lambda a, b: unpaired_seeds(a, b, lambda n: n - 1),
               "Both runs of a seed had the same labelled completions; what these did to both must drop out. Of what is the standard deviation?"),
         Wrong("the ends of two intervals subtracted", ends_subtracted,
               "Intervals do not subtract end by end. Take the difference seed by seed first."),
