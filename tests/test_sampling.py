@@ -2,9 +2,9 @@
 
 import torch
 
-from dpo_mini.data import tokenize_prompt
+from dpo_mini.data import collate, tokenize_prompt
 from dpo_mini.models import load_model
-from dpo_mini.sampling import inverse_cdf, sample_completions, through_first
+from dpo_mini.sampling import continuations, inverse_cdf, sample_completions, through_first
 
 
 def test_first_tokens_follow_the_softmax_tail_included(tiny_folder):
@@ -70,10 +70,58 @@ def test_seeded_and_leaves_the_random_state_alone(tiny_folder):
 
 
 def test_inverse_cdf_draws_each_token_as_often_as_it_should():
-    torch.manual_seed(0)
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    drawn = inverse_cdf(probabilities.repeat(100_000, 1)).squeeze(1)
+    u = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    drawn = inverse_cdf(probabilities.repeat(100_000, 1), u).squeeze(1)
     share = torch.bincount(drawn, minlength=6) / 100_000
     assert (share[probabilities == 0] == 0).all()
     error = (probabilities * (1 - probabilities) / 100_000).sqrt()
     assert ((share - probabilities).abs() <= 4 * error).all()
+
+
+PROMPTS = [[0, 5, 9], [0, 4], [0, 5, 9], [0, 5, 9, 33, 2]]
+
+
+def generated(model, prompts, tokens, end, **options):
+    batch = collate([(ids, []) for ids in prompts], padding_side="left")
+    output = model.generate(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, eos_token_id=end,
+        pad_token_id=0, max_new_tokens=tokens, **options,
+    )  # fmt: skip
+    return [through_first(ids, end) for ids in output[:, batch.input_ids.shape[1] :].tolist()]
+
+
+def test_greedy_equals_generate_also_where_rows_end_early(any_model):
+    """`end` is a token that some rows reach and others do not, so rows are dropped on the way."""
+    u = torch.zeros(12, len(PROMPTS))
+    free = continuations(any_model, PROMPTS, u, temperature=0)
+    assert free == generated(any_model, PROMPTS, 12, None, do_sample=False)
+    end = free[1][3]
+    ended = continuations(any_model, PROMPTS, u, temperature=0, end=end)
+    assert ended == generated(any_model, PROMPTS, 12, end, do_sample=False)
+    assert len({len(ids) for ids in ended}) > 1
+
+
+def test_a_row_does_not_depend_on_when_others_end(gpt2):
+    """The random numbers are the row's own, so that dropping the ended ones changes no other."""
+    u = torch.rand(10, 60, generator=torch.Generator().manual_seed(4))
+    prompts = [PROMPTS[i % 4] for i in range(60)]
+    free = continuations(gpt2, prompts, u)
+    for end in (7, 11, 40):
+        assert continuations(gpt2, prompts, u, end=end) == [through_first(x, end) for x in free]
+
+
+def test_samples_are_distributed_as_generates(gpt2):
+    """The third token of 4,000 samples, ours against `generate`'s: a chi-square on two samples."""
+    n, end = 4000, 7
+    torch.manual_seed(0)
+    theirs = generated(gpt2, [PROMPTS[0]] * n, 3, end, do_sample=True, top_k=0)
+    ours = continuations(gpt2, [PROMPTS[0]] * n, torch.rand(3, n), end=end)
+    a, b = (
+        torch.bincount(torch.tensor([x[2] if len(x) > 2 else end for x in drawn]), minlength=97)
+        for drawn in (ours, theirs)
+    )
+    often = a + b >= 10
+    chi_square = ((a - b)[often] ** 2 / (a + b)[often]).sum().item()
+    freedom = often.sum().item()
+    assert freedom > 30 and chi_square < freedom + 5 * (2 * freedom) ** 0.5
