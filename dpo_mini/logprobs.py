@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dpo_mini.data import collate
@@ -46,7 +47,8 @@ def sequence_logps(
 # A shared prompt needs an attention mask of its own, which keeps attention off its fastest path;
 # that pays once this share of all tokens need not be read twice.
 WORTH_SHARING = 0.25
-LOGITS_AT_ONCE = 2**25  # beyond it the vocabulary projection is cut into chunks
+MOST_PADDING = 0.25  # where lengths differ more, rows are read in several batches
+LOGITS_AT_ONCE = 2**27  # numbers, half a gigabyte: beyond it the vocabulary is projected in chunks
 
 
 def completion_logps(model, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
@@ -55,22 +57,52 @@ def completion_logps(model, rows: Sequence[tuple[list[int], list[int]]]) -> Tens
 
     Equal rows are read once, a prompt once for all its completions (where that pays), the last
     token of a completion not at all, since it predicts nothing. Logits are computed only where a
-    completion's token is predicted, never all at once. Equal to `sequence_logps` up to rounding; for
-    a model whose logits are more than its head on its last hidden state, it is `sequence_logps`.
+    completion's token is predicted, and not all at once where they are many. Equal to
+    `sequence_logps` up to rounding; for a model whose logits are more than its head on its last
+    hidden state, it is `sequence_logps`.
     """
     different, index = different_rows(rows)
     if not splits(model):
         logps = sequence_logps(model, *collate(different).to(model.device))
         return logps[index.to(logps.device)]
-    batch = layout(different, shares_prompts(different)).to(model.device)
     body, head = body_and_head(model)
-    hidden = body(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-        attention_mask=additive(batch.attends, model.dtype),
-    ).last_hidden_state  # fmt: skip
-    logps = vocabulary_logps(head, hidden.flatten(0, 1)[batch.predictors], batch.targets)
-    sums = logps.new_zeros(len(different)).index_add(0, batch.owners, logps)
-    return sums[index.to(sums.device)]
+    share, order, sums = shares_prompts(different), [], []
+    for indices in of_like_length(different, share):
+        batch = layout([different[i] for i in indices], share).to(model.device)
+        hidden = body(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+            attention_mask=additive(batch.attends, model.dtype),
+        ).last_hidden_state  # fmt: skip
+        logps = vocabulary_logps(head, hidden.flatten(0, 1)[batch.predictors], batch.targets)
+        sums.append(logps.new_zeros(len(indices)).index_add(0, batch.owners, logps))
+        order += indices
+    return torch.cat(sums)[torch.tensor(order).argsort()[index].to(logps.device)]
+
+
+def families(rows: Sequence[tuple[list[int], list[int]]], share: bool) -> list[list[int]]:
+    """Which of `rows` become one row of a batch: each alone, or with `share` all of a prompt."""
+    members: dict[tuple, list[int]] = {}
+    for i, (prompt, _) in enumerate(rows):
+        members.setdefault((*prompt, None if share else i), []).append(i)
+    return list(members.values())
+
+
+def family_length(rows: Sequence[tuple[list[int], list[int]]], members: list[int]) -> int:
+    """Tokens to read: the prompt, and of each completion all but the last."""
+    return len(rows[members[0]][0]) + sum(len(rows[i][1]) - 1 for i in members)
+
+
+def of_like_length(rows: Sequence[tuple[list[int], list[int]]], share: bool) -> list[list[int]]:
+    """Indices of `rows` in batches, longest first, of which at most MOST_PADDING is padding."""
+    sized = [(family_length(rows, members), members) for members in families(rows, share)]
+    batches, lengths = [], []
+    for length, members in sorted(sized, key=lambda pair: -pair[0]):
+        lengths.append(length)
+        if not batches or sum(lengths) < (1 - MOST_PADDING) * lengths[0] * len(lengths):
+            batches.append([])
+            lengths = [length]
+        batches[-1] += members
+    return batches
 
 
 class Layout(NamedTuple):
@@ -91,15 +123,10 @@ def layout(rows: Sequence[tuple[list[int], list[int]]], share: bool) -> Layout:
     """One row for each of `rows`, or with `share` one for each prompt: the prompt, then each of its
     completions, which attend to the prompt and to themselves.
     """
-    groups: dict[tuple, list[int]] = {}
-    for i, (prompt, _) in enumerate(rows):
-        groups.setdefault((*prompt, None if share else i), []).append(i)
-    length = max(
-        len(rows[members[0]][0]) + sum(len(rows[i][1]) - 1 for i in members)
-        for members in groups.values()
-    )
+    groups = families(rows, share)
+    length = max(family_length(rows, members) for members in groups)
     ids, positions, segments, predictors, targets, owners = [], [], [], [], [], []
-    for row, members in enumerate(groups.values()):
+    for row, members in enumerate(groups):
         prompt = rows[members[0]][0]
         tokens, places, parts = list(prompt), list(range(len(prompt))), [0] * len(prompt)
         for part, i in enumerate(members, start=1):
@@ -175,7 +202,7 @@ def vocabulary_logps(head, hidden: Tensor, targets: Tensor) -> Tensor:
     def chosen(states: Tensor, tokens: Tensor) -> Tensor:
         logits = head(states)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+        return -cross_entropy(logits, tokens, reduction="none")  # one pass each way
 
     size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(targets) <= size:

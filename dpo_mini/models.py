@@ -43,7 +43,7 @@ def load_model(name=EMBEDDED, auto_class=None):
         raise HubError(
             f"{str(name)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
-    return without_dropout(model).to(pick_device()), tokenizer
+    return fused_gelu(without_dropout(model)).to(pick_device()), tokenizer
 
 
 def without_dropout(model):
@@ -55,6 +55,17 @@ def without_dropout(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model.eval()
+
+
+def fused_gelu(model):
+    """The model with GPT-2's `gelu_new`, ten passes over memory in transformers, as torch's one."""
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+    return model
 
 
 def context_length(model) -> int:

@@ -9,7 +9,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dpo_mini.data import collate, tokenize_prompt
 
-WORTH_DROPPING = 0.25  # rows that have ended are dropped when they are this share: it copies the rest
+WORTH_DROPPING = (
+    0.25  # rows that have ended are dropped when they are this share: it copies the rest
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def continuations(
 ) -> list[list[int]]:
     """Each prompt continued through the first `end`, or by as many tokens as `u` has rows.
 
-    `u` [tokens, prompts] is uniform in [0, 1): u[t, i] decides prompt i's token t. Equal prompts are
-    read once, each token after them once, and what has ended no more.
+    `u` [tokens, prompts] is uniform in [0, 1): u[t, i] decides prompt i's token t. Equal prompts
+    are read once, each token after them once, and what has ended no more.
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
     start = collate([(list(ids), []) for ids in different], padding_side="left")

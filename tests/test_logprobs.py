@@ -9,7 +9,15 @@ from conftest import make_gpt2
 
 from dpo_mini import logprobs
 from dpo_mini.data import collate
-from dpo_mini.logprobs import completion_logps, layout, sequence_logps, shares_prompts, token_logps
+from dpo_mini.logprobs import (
+    completion_logps,
+    family_length,
+    layout,
+    of_like_length,
+    sequence_logps,
+    shares_prompts,
+    token_logps,
+)
 
 SEQUENCES = [
     ([0, 5, 9], [11, 3, 0]),
@@ -149,9 +157,13 @@ def many_rows():
 
 
 @pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("padding", [0.0, 1.0])
 @pytest.mark.parametrize("at_once", [2**25, 500])
-def test_the_fast_path_equals_the_definition(any_model, share, at_once, monkeypatch):
-    """Values and gradients, with prompts shared or not, the vocabulary in one piece or in many."""
+def test_the_fast_path_equals_the_definition(any_model, share, padding, at_once, monkeypatch):
+    """Values and gradients, with prompts shared or not, the lengths read apart or together, the
+    vocabulary in one piece or in many.
+    """
+    monkeypatch.setattr(logprobs, "MOST_PADDING", padding)
     monkeypatch.setattr(logprobs, "shares_prompts", lambda rows: share)
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", at_once)
     model, rows = any_model.double(), many_rows()
@@ -197,3 +209,19 @@ def test_a_shared_prompt_is_read_once_and_a_completions_last_token_never():
         ]
     assert shares_prompts(rows) is False
     assert shares_prompts([([0] * 50, [1, 2]), ([0] * 50, [3])]) is True
+
+
+def test_rows_of_other_lengths_are_read_apart_and_padding_is_bounded():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(2, 60, (int(torch.randint(1, 20, (1,), generator=generator)),))
+        rows = [([0, i], [1] * int(n)) for i, n in enumerate(lengths)]
+        batches = of_like_length(rows, share=False)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+        for batch in batches:
+            read = [family_length(rows, [i]) for i in batch]
+            assert read == sorted(read, reverse=True)
+            assert sum(read) >= (1 - logprobs.MOST_PADDING) * max(read) * len(read)
+    alike = [([0, i], [1] * 30) for i in range(8)]
+    assert len(of_like_length(alike, False)) == 1
+    assert of_like_length([*alike, ([0, 9], [1] * 99)], False) == [[8], list(range(8))]
