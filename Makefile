@@ -6,6 +6,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 ARGS ?=
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider
 
+# Freed memory stays with the process: where tensors are large, Linux otherwise takes it back and
+# clears it again for each of them. Elsewhere these do nothing.
+export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
+export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
+
 .PHONY: demo test test-fast notebooks exercises lab lock clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network

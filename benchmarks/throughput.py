@@ -10,15 +10,17 @@ import statistics
 import tempfile
 import time
 import warnings
+from itertools import combinations
 
 import torch
 
 from dpo_mini.course.speed import matmul_peak, step_work
 
-SHAPES = {  # pairs a step, prompt tokens, completion tokens
-    "IMDb, 8 + 48": (16, 8, 48),
-    "dialogue, 256 + 64": (8, 256, 64),
-    "long, 512 + 128": (8, 512, 128),
+SHAPES = {  # pairs a step, completions of a prompt, prompt tokens, completion tokens
+    "IMDb, 8 + 48": (16, 2, 8, 48),
+    "IMDb, six pairs of four samples": (18, 4, 8, 48),
+    "dialogue, 256 + 64": (8, 2, 256, 64),
+    "long, 512 + 128": (8, 2, 512, 128),
 }
 MODELS = {  # width, layers, heads, vocabulary
     "7M": (256, 6, 4, 8192),
@@ -46,13 +48,17 @@ def pairs_of(shape: str, vocabulary: int):
     """Random token ids: time and memory do not depend on what they say."""
     from dpo_mini.data import TokenizedPair
 
-    pairs, prompt, completion = SHAPES[shape]
+    pairs, samples, prompt, completion = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
 
     def ids(n):
         return torch.randint(1, vocabulary, (n,), generator=generator).tolist()
 
-    return [TokenizedPair(ids(prompt), ids(completion), ids(completion)) for _ in range(pairs)]
+    made = []
+    while len(made) < pairs:
+        x, ys = ids(prompt), [ids(completion) for _ in range(samples)]
+        made += [TokenizedPair(x, *two) for two in combinations(ys, 2)]
+    return made
 
 
 def ours(model, pairs, steps, bf16, after_step):

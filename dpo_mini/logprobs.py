@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from dpo_mini.data import collate
@@ -202,13 +201,31 @@ def vocabulary_logps(head, hidden: Tensor, targets: Tensor) -> Tensor:
     def chosen(states: Tensor, tokens: Tensor) -> Tensor:
         logits = head(states)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return -cross_entropy(logits, tokens, reduction="none")  # one pass each way
+        return ChosenLogps.apply(logits, tokens)
 
     size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(targets) <= size:
         return chosen(hidden, targets)
     chunks = zip(hidden.split(size), targets.split(size))
     return torch.cat([checkpoint(chosen, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+class ChosenLogps(torch.autograd.Function):
+    """log softmax of logits [N, vocabulary] at tokens [N]. Its gradient, onehot - softmax, takes the
+    place of what was kept for it: these are the largest tensors of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor) -> Tensor:
+        logps = logits.log_softmax(1)
+        ctx.save_for_backward(logps, tokens)
+        return logps.gather(1, tokens[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        logps, tokens = ctx.saved_tensors
+        result = logps.exp_().mul_(-gradient[:, None])
+        return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None
 
 
 def different_rows(rows: Sequence[tuple]) -> tuple[list, Tensor]:

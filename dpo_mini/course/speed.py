@@ -1,5 +1,6 @@
 """How much work a training step is, and how much a machine can do; 13 and benchmarks/ use it."""
 
+import statistics
 import time
 
 import torch
@@ -32,31 +33,30 @@ def wait(device) -> None:
         torch.cuda.synchronize()
 
 
-def forward_work(width, layers, vocabulary, rows, share=True, projected="completion") -> dict:
-    """Floating-point operations of one forward pass of a GPT-2 over rows (prompt ids, completion
-    ids), part by part: "layers", "attention" (scores and sums), "vocabulary".
+def forward_work(width, layers, vocabulary, rows, once=True, projected="completion") -> dict:
+    """Operations of one forward pass of a GPT-2 over rows (prompt ids, completion ids), by part:
+    "layers", "attention" (scores, and sums of values), "vocabulary".
 
-    `share`: equal prompts are read once, and the last token of a completion, which predicts
-    nothing, not at all. `projected`: logits where a "completion" token is predicted, or at "all"
-    positions. Two operations a multiply-add; a token attends to itself and to all before it.
+    `once`: of what must be read, equal rows and equal prompts once, and a completion's last token,
+    which predicts nothing, never; otherwise all of every row. `projected`: logits where a
+    "completion" token is predicted, or at "all" positions. A multiply-add is two operations; a
+    token attends to itself and to all before it.
     """
-    read = attended = 0
-    prompts = dict.fromkeys(tuple(prompt) for prompt, _ in rows) if share else rows
-    lengths = [(0, len(p)) for p in prompts] if share else []
-    lengths += [
-        (len(prompt), len(completion) - 1) if share else (0, len(prompt) + len(completion))
-        for prompt, completion in rows
-    ]
-    for before, new in lengths:
-        read += new
-        attended += new * before + new * (new + 1) // 2
-    if projected == "completion":
-        predicted = sum(len(completion) for _, completion in rows)
+    rows = [(tuple(prompt), tuple(completion)) for prompt, completion in rows]
+    if once:
+        rows = list(dict.fromkeys(rows))
+        spans = [(0, len(prompt)) for prompt in dict.fromkeys(prompt for prompt, _ in rows)]
+        spans += [(len(prompt), len(completion) - 1) for prompt, completion in rows]
     else:
-        predicted = read
+        spans = [(0, len(prompt) + len(completion)) for prompt, completion in rows]
+    read = sum(new for _, new in spans)
+    attended = sum(new * before + new * (new + 1) // 2 for before, new in spans)
+    predicted = (
+        sum(len(completion) for _, completion in rows) if projected == "completion" else read
+    )
     return {
         "layers": 2 * ATTENTION_AND_MLP * layers * width**2 * read,
-        "attention": 2 * 2 * layers * width * attended,  # a score, and its share of the values
+        "attention": 2 * 2 * layers * width * attended,
         "vocabulary": 2 * width * vocabulary * predicted,
     }
 
@@ -64,3 +64,15 @@ def forward_work(width, layers, vocabulary, rows, share=True, projected="complet
 def step_work(*args, **options) -> float:
     """Operations of a training step: forward, and backward twice that, for inputs and weights."""
     return 3 * sum(forward_work(*args, **options).values())
+
+
+def interleaved(functions: dict, turns: int = 5) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that a slow moment is everybody's."""
+    seconds = {name: [] for name in functions}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
