@@ -1,25 +1,38 @@
-"""python -m benchmarks [throughput] [sampling] [demo] [--models 7M,124M] [--output FILE]"""
+"""python -m benchmarks [throughput] [sampling] [compiled] [demo] [--models 7M,124M]"""
 
 import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks import demo, sampling, throughput
+from benchmarks import compiled, demo, sampling, throughput
 from dpo_mini.course.speed import matmul_peak
 
-RESULTS = Path(__file__).parent / "results.json"
+RESULTS = Path(__file__).parents[1] / "notebooks" / "results" / "benchmarks.json"
+JOBS = {
+    "throughput": None,  # a comparison for each model and shape
+    "sampling": sampling.compare,
+    "compiled": compiled.compare,
+    "demo": demo.stages,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("jobs", nargs="*", default=["throughput", "sampling", "demo"])
+    parser.add_argument("jobs", nargs="*", metavar="job", default=list(JOBS))
     parser.add_argument("--models", default="7M,124M", help="of 7M, 124M and 355M")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    args.models = args.models.split(",")
+    for given, known in ((args.jobs, JOBS), (args.models, throughput.MODELS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(known)}.")
+    if "throughput" in args.jobs and not find_spec("trl"):
+        parser.error("throughput is measured beside TRL: pip install '.[test]'")
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     results["machine"] = machine()
     show("machine", [results["machine"]])
@@ -30,15 +43,15 @@ def main() -> None:
 
     if "throughput" in args.jobs:
         rows = []
-        for model in args.models.split(","):
+        for model in args.models:
             for shape in throughput.SHAPES:
                 for bf16 in (False, True) if results["machine"]["bf16 pays"] else (False,):
                     rows.append(throughput.compare(model, shape, bf16))
                     show("throughput, dpo_mini over TRL", rows[-1:])
                     store("throughput", rows)
-    for name, measure in {"sampling": sampling.compare, "demo": demo.stages}.items():
-        if name in args.jobs:
-            rows = [measure()]
+    for name in args.jobs:
+        if name != "throughput":
+            rows = [JOBS[name]()]
             show(name, rows)
             store(name, rows)
 

@@ -32,10 +32,10 @@ BETA, LEARNING_RATE = 0.1, 1e-5
 TOLERANCE = 2e-3  # of the losses, over all steps
 
 
-def build(name: str):
+def build(width: int, layers: int, heads: int, vocabulary: int):
+    """A GPT-2 of this size, random weights, always the same."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    width, layers, heads, vocabulary = MODELS[name]
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, n_positions=1024,
@@ -44,11 +44,10 @@ def build(name: str):
     return GPT2LMHeadModel(config)
 
 
-def pairs_of(shape: str, vocabulary: int):
+def pairs_of(pairs: int, samples: int, prompt: int, completion: int, vocabulary: int):
     """Random token ids: time and memory do not depend on what they say."""
     from dpo_mini.data import TokenizedPair
 
-    pairs, samples, prompt, completion = SHAPES[shape]
     generator = torch.Generator().manual_seed(1)
 
     def ids(n):
@@ -121,7 +120,7 @@ def theirs(model, pairs, steps, bf16, after_step):
         trainer.train()
 
 
-def worker(trainer, model_name, shape, steps, bf16, connection):
+def worker(trainer, model, shape, steps, bf16, connection):
     """Train, but wait at the turnstile before every step; tell its seconds, loss, memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = None
@@ -135,9 +134,9 @@ def worker(trainer, model_name, shape, steps, bf16, connection):
         started = time.perf_counter()
 
     warnings.simplefilter("ignore")  # TRL's, about settings' coming names
-    pairs = pairs_of(shape, MODELS[model_name][3])
+    pairs = pairs_of(*shape, vocabulary=model[3])
     # One step more than is asked for: what a trainer does after its last step is no step.
-    trainer(build(model_name).to(device), pairs, steps + 1, bf16, after_step)
+    trainer(build(*model).to(device), pairs, steps + 1, bf16, after_step)
 
 
 def peak_memory(device: str) -> float:
@@ -154,7 +153,7 @@ def compare(model_name: str, shape: str, bf16: bool = False) -> dict:
     workers = []
     for trainer in (ours, theirs):
         connection, other = context.Pipe()
-        args = (trainer, model_name, shape, steps, bf16, other)
+        args = (trainer, MODELS[model_name], SHAPES[shape], steps, bf16, other)
         process = context.Process(target=worker, args=args, daemon=True)
         process.start()
         other.close()
@@ -174,7 +173,7 @@ def compare(model_name: str, shape: str, bf16: bool = False) -> dict:
     if apart > TOLERANCE:
         raise AssertionError(f"the two losses are {apart:.2g} apart: not the same job")
     width, layers, _, vocabulary = MODELS[model_name]
-    pairs = pairs_of(shape, vocabulary)
+    pairs = pairs_of(*SHAPES[shape], vocabulary)
     rows = [(p.prompt_ids, y) for p in pairs for y in (p.chosen_ids, p.rejected_ids)]
     work = step_work(width, layers, vocabulary, rows)
     timed = turns[1:]

@@ -22,7 +22,8 @@ from dpo_mini.checkpoints import (
 )
 from dpo_mini.data import LabelledCompletion, TokenizedPair, collate, unpaired
 from dpo_mini.family import LOSSES, REFERENCE_FREE, LabelledLogps, kto_loss
-from dpo_mini.logprobs import completion_logps, different_rows, token_logps
+from dpo_mini.fast_logprobs import completion_logps, different_rows
+from dpo_mini.logprobs import token_logps
 from dpo_mini.losses import PairLogps, preference_metrics
 
 

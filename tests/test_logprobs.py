@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_gpt2
 
-from dpo_mini import logprobs
 from dpo_mini.data import collate
-from dpo_mini.logprobs import (
-    completion_logps,
-    family_length,
-    layout,
-    of_like_length,
-    sequence_logps,
-    shares_prompts,
-    token_logps,
-)
+from dpo_mini.logprobs import sequence_logps, token_logps
 
 SEQUENCES = [
     ([0, 5, 9], [11, 3, 0]),
@@ -139,89 +130,3 @@ def test_dropout_is_a_trap_that_loading_removes(tiny_folder, gpt2):
     assert torch.equal(sequence_logps(quiet, *batch), sequence_logps(quiet, *batch))
     model, _ = load_model(tiny_folder)
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
-
-
-# --- the fast path ---
-
-
-def many_rows():
-    """Prompts of several lengths with several completions each, one of them twice."""
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(n):
-        return torch.randint(1, 97, (n,), generator=generator).tolist()
-
-    prompts = [[0, *ids(1)], [0, *ids(5)], [0, *ids(9)]]
-    rows = [(p, [*ids(1 + 3 * k), 0]) for p in prompts for k in range(3)]
-    return [*rows, ([0, 4], [7]), rows[1]]
-
-
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("padding", [0.0, 1.0])
-@pytest.mark.parametrize("at_once", [2**25, 500])
-def test_the_fast_path_equals_the_definition(any_model, share, padding, at_once, monkeypatch):
-    """Values and gradients, with prompts shared or not, the lengths read apart or together, the
-    vocabulary in one piece or in many.
-    """
-    monkeypatch.setattr(logprobs, "MOST_PADDING", padding)
-    monkeypatch.setattr(logprobs, "shares_prompts", lambda rows: share)
-    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", at_once)
-    model, rows = any_model.double(), many_rows()
-    weights = torch.randn(len(rows), dtype=torch.float64)
-    slow, fast = sequence_logps(model, *collate(rows)), completion_logps(model, rows)
-    assert torch.allclose(slow, fast, atol=1e-10, rtol=0)
-    parameters = list(model.parameters())
-    expected, found = (torch.autograd.grad((x * weights).sum(), parameters) for x in (slow, fast))
-    for a, b in zip(expected, found):  # Llama's norms and rotations are in float32 always
-        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
-
-
-def test_a_model_that_scales_its_logits_takes_the_plain_path(gpt2):
-    """Cohere's and Granite's do; head(hidden) alone would be another distribution."""
-    scaled, rows = copy.deepcopy(gpt2), many_rows()
-    scaled.register_forward_hook(lambda module, inputs, output: halved(output))
-
-    def halved(output):
-        output.logits = output.logits / 2
-        return output
-
-    assert logprobs.splits(gpt2) and not logprobs.splits(scaled)
-    assert torch.allclose(completion_logps(scaled, rows), sequence_logps(scaled, *collate(rows)))
-    far = completion_logps(scaled, rows) - completion_logps(gpt2, rows)
-    assert far.abs().min() > 1e-3
-
-
-def test_a_shared_prompt_is_read_once_and_a_completions_last_token_never():
-    rows = [([0, 1, 2], [5, 6, 0]), ([0, 1, 2], [7, 0]), ([0, 3], [8])]
-    apart, together = layout(rows, False), layout(rows, True)
-    assert apart.input_ids.shape == (3, 5) and apart.attends is None
-    assert together.input_ids.tolist() == [[0, 1, 2, 5, 6, 7], [0, 3, 0, 0, 0, 0]]
-    assert together.position_ids[0].tolist() == [0, 1, 2, 3, 4, 3]
-    assert together.attends[0].int().tolist()[5] == [1, 1, 1, 0, 0, 1]  # not the other completion
-    for one in (apart, together):
-        assert one.targets.tolist() == [5, 6, 0, 7, 0, 8] and one.owners.tolist() == [
-            0,
-            0,
-            0,
-            1,
-            1,
-            2,
-        ]
-    assert shares_prompts(rows) is False
-    assert shares_prompts([([0] * 50, [1, 2]), ([0] * 50, [3])]) is True
-
-
-def test_rows_of_other_lengths_are_read_apart_and_padding_is_bounded():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        lengths = torch.randint(2, 60, (int(torch.randint(1, 20, (1,), generator=generator)),))
-        rows = [([0, i], [1] * int(n)) for i, n in enumerate(lengths)]
-        batches = of_like_length(rows, share=False)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
-        for batch in batches:
-            read = [family_length(rows, [i]) for i in batch]
-            assert read == sorted(read, reverse=True)
-            assert sum(read) >= (1 - logprobs.MOST_PADDING) * max(read) * len(read)
-    alike = [([0, i], [1] * 30) for i in range(8)]
-    assert len(of_like_length(alike, False)) == 1
-    assert of_like_length([*alike, ([0, 9], [1] * 99)], False) == [[8], list(range(8))]
