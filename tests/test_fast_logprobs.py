@@ -98,3 +98,16 @@ def test_rows_of_other_lengths_are_read_apart_and_padding_is_bounded():
     alike = [([0, i], [1] * 30) for i in range(8)]
     assert len(of_like_length(alike, False)) == 1
     assert of_like_length([*alike, ([0, 9], [1] * 99)], False) == [[8], list(range(8))]
+
+
+def test_one_gelu_for_eight_operations_changes_nothing(gpt2):
+    from transformers.activations import NewGELUActivation
+
+    from dpo_mini.models import fused_gelu
+
+    ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    before, kind = gpt2(input_ids=ids).logits, gpt2.config.activation_function
+    assert any(isinstance(m, NewGELUActivation) for m in gpt2.modules())
+    after = fused_gelu(gpt2)(input_ids=ids).logits
+    assert not any(isinstance(m, NewGELUActivation) for m in gpt2.modules())
+    assert torch.allclose(before, after, atol=1e-5) and gpt2.config.activation_function == kind
