@@ -5,6 +5,7 @@ import statistics
 import time
 
 import torch
+import torch._inductor.config
 
 from benchmarks.throughput import MODELS, SHAPES, build, pairs_of
 from dpo_mini.fast_logprobs import completion_logps
@@ -13,6 +14,7 @@ from dpo_mini.models import fused_gelu
 
 def compare(model_name: str = "7M", shape: str = "IMDb, 8 + 48", turns: int = 12) -> dict:
     """How much faster a compiled step is, and after how many steps compiling is paid for."""
+    torch._inductor.config.force_disable_caches = True  # what an earlier run compiled counts too
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = fused_gelu(build(*MODELS[model_name])).to(device)
     compiled = copy.deepcopy(plain)

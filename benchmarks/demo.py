@@ -40,5 +40,5 @@ def stages() -> dict:
     shares = {stage: part / whole for stage, part in seconds.items()}
     return {
         "minutes": whole / 60, "shares": {**shares, "rest": 1 - sum(shares.values())},
-        "P(positive)": report["reward"],
+        "P(positive)": report["reward_policy"]["mean"],
     }  # fmt: skip
