@@ -76,7 +76,7 @@ def run_demo(args) -> dict:
 
     prepare_output(args)
     say(args, "Sampling completions, labelling pairs, training with DPO, evaluating.")
-    config = training_config(args, DEMO_CONFIG)
+    config = training_config(args, default=DEMO_CONFIG)
     report = demo(
         args.output, prompts=args.n_prompts, held_out=args.held_out, beta=args.beta,
         config=config, resume=args.resume, progress=not args.json,
@@ -148,7 +148,7 @@ def run_sft(args) -> dict:
     texts = read_texts(args.dataset, args.split)
     items = text_items(texts, tokenizer, min(args.max_length, context_length(model)))
     steps = args.steps or max(1, len(items) // args.batch_size)
-    config = training_config(args, steps=steps)
+    config = training_config(args, model, steps=steps)
     model = with_lora(model, args.lora)
     log = train(
         model, items, sft_objective(), config, identity={"base": args.model},
@@ -208,7 +208,7 @@ def run_train(args) -> dict:
         pairs = tokenize_labelled(rows, tokenizer, length)
     else:
         pairs = tokenize_pairs(preference_pairs(rows, tokenizer), tokenizer, length)
-    config = training_config(args)
+    config = training_config(args, model)
     model = with_lora(model, args.lora)
     log = train_preferences(
         model, pairs, config, loss=args.loss, loss_options=options,
@@ -334,10 +334,10 @@ def prepare_output(args) -> None:
         raise OSError(said) from error
 
 
-def training_config(args, default=None, **changes):
-    """A TrainingConfig of the options given on the command line; the rest as in `default`."""
-    import torch
-
+def training_config(args, model=None, default=None, **changes):
+    """A TrainingConfig of the options given on the command line; the rest as in `default`, but
+    bfloat16 where `model` is on a CUDA GPU.
+    """
     from dpo_mini.training import TrainingConfig
 
     values = asdict(default or TrainingConfig())
@@ -347,7 +347,7 @@ def training_config(args, default=None, **changes):
         if getattr(args, f.name, None) is not None
     }
     if args.bf16 is None:
-        values["bf16"] = torch.cuda.is_available()
+        values["bf16"] = model is not None and model.device.type == "cuda"
     return TrainingConfig(**(values | changes))
 
 

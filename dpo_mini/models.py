@@ -1,5 +1,6 @@
 """Which model: the embedded default, a folder, or a name on the Hub. Safetensors, never code."""
 
+import math
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from dpo_mini.hub import HubError, local_or_hub
 
 EMBEDDED = "embedded"
+SMALL = 20_000_000  # parameters; the embedded model has five million, GPT-2 124 million
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 
@@ -43,7 +45,7 @@ def load_model(name=EMBEDDED, auto_class=None):
         raise HubError(
             f"{str(name)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
-    return fused_gelu(without_dropout(model)).to(pick_device()), tokenizer
+    return fused_gelu(without_dropout(model)).to(pick_device(model.num_parameters())), tokenizer
 
 
 def without_dropout(model):
@@ -73,13 +75,15 @@ def context_length(model) -> int:
     return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
 
 
-def pick_device() -> str:
-    """The first that is there of CUDA (each process its own GPU), MPS and CPU.
-
-    DPO_MINI_DEVICE in the environment overrides it.
+def pick_device(parameters: float = math.inf) -> str:
+    """Where a model of so many parameters goes: the first that is there of CUDA (each process its
+    own GPU), MPS and CPU; the CPU for one below SMALL, which would hardly be faster elsewhere, and
+    whose numbers the course asserts. DPO_MINI_DEVICE in the environment overrides it.
     """
     if os.environ.get("DPO_MINI_DEVICE"):
         return os.environ["DPO_MINI_DEVICE"]
+    if parameters < SMALL:
+        return "cpu"
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mini.hub import HubError
-from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, load_model, pick_device
+from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, load_model
 
 
 class SentimentHead(nn.Module):
@@ -137,7 +137,7 @@ def load_reward(name=EMBEDDED):
     model, tokenizer = load_model()
     head = SentimentHead(features_of(model))
     head.load_state_dict(load_file(EMBEDDED_FOLDER / "reward.safetensors"))  # half to float32
-    return SentimentReward(model.transformer, tokenizer, head.to(pick_device()))
+    return SentimentReward(model.transformer, tokenizer, head.to(model.device))
 
 
 def load_judge() -> WordJudge:

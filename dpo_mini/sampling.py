@@ -93,12 +93,12 @@ def continuations(
     logits, mask = next_logits()[rows], mask[rows]
     cache.batch_select_indices(rows)
     sampled, reading = [[] for _ in prompts], list(range(len(prompts)))
-    for draws in u:
+    for step, draws in enumerate(u, start=1):
         inputs = draw(logits, draws[reading], temperature)
         for i, token in zip(reading, inputs.flatten().tolist()):
             sampled[i].append(token)
         going_on = [k for k, i in enumerate(reading) if end not in sampled[i]]
-        if not going_on or len(sampled[reading[0]]) == len(u):
+        if not going_on or step == len(u):
             break
         if len(going_on) <= (1 - WORTH_DROPPING) * len(reading):
             rows = torch.tensor(going_on, device=mask.device)
@@ -122,7 +122,7 @@ class Roomy(DynamicLayer):
         """keys, values [batch, heads, new, width]: all so far, [batch, heads, so far, width]."""
         before = self.get_seq_length()
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             self.stores = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values)]
         for store, new in zip(self.stores, (keys, values)):
             store[:, :, before : before + new.shape[2]] = new
