@@ -141,6 +141,7 @@ CHANGES = dict(prompts=12, held_out=40, max_new_tokens=8, sft=sft, dpo=dpo)
     assert "loss per token" in said and "72 pairs" in said and "win_rate" in said
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself(tmp_path):
     setting = studies.Setting(
         prompts=4, steps=2, watch_every=2, watched_prompts=4, evaluated_prompts=8, beta=0.3

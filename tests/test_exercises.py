@@ -37,6 +37,7 @@ def test_a_check_rejects_every_wrong_answer_and_names_it(exercise):
         assert len(exercise.others) >= 2
 
 
+@pytest.mark.slow
 @by_id
 def test_a_check_answers_nonsense_with_a_sentence(exercise):
     def recursive(*arguments):
@@ -105,6 +106,7 @@ def test_exercises_are_what_the_solutions_give():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_kill_matrix_is_current():
     assert (ROOT / "solutions" / "KILL_MATRIX.md").read_text(encoding="utf-8") == matrix.page()
 
