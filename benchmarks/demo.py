@@ -10,7 +10,7 @@ import dpo_mini.demo as main_job
 
 
 def stages() -> dict:
-    """Run the demo with its defaults; each stage's share of the whole, and the whole in minutes."""
+    """Run the demo with its defaults; each stage's share of the whole."""
     seconds = Counter()
 
     @contextmanager
@@ -39,6 +39,6 @@ def stages() -> dict:
     whole = seconds.pop("whole")
     shares = {stage: part / whole for stage, part in seconds.items()}
     return {
-        "minutes": whole / 60, "shares": {**shares, "rest": 1 - sum(shares.values())},
+        "shares": {**shares, "rest": 1 - sum(shares.values())},
         "P(positive)": report["reward_policy"]["mean"],
     }  # fmt: skip
