@@ -70,6 +70,20 @@ def test_stored_benchmarks_are_those_of_the_code(monkeypatch):
         assert run["losses apart"] <= TOLERANCE and 0 < run["fraction of peak"] < 1.2
 
 
+def test_the_readme_tells_the_stored_ratios():
+    """Row by row: 7M's and 124M's pairs a second, 124M's memory, and the sampling."""
+    stored = json.loads((ROOT / "notebooks" / "results" / "benchmarks.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    runs = {(r["model"], r["shape"]): r for r in stored["throughput"]["runs"]}
+    for shape in dict.fromkeys(shape for _, shape in runs):
+        small, large = runs["7M", shape], runs["124M", shape]
+        cells = f"| {small['faster']:.1f} | {large['faster']:.1f} | {large['memory']:.2f} |"
+        assert cells in readme, shape
+    assert (
+        f"{stored['sampling']['runs'][0]['faster']:.1f} times as fast as from `generate`" in readme
+    )
+
+
 @pytest.mark.slow
 def test_the_turnstile_times_both_trainers_on_the_same_job(monkeypatch):
     """The whole of it on a model of no size: both train, in turn, and their losses agree."""
