@@ -111,3 +111,15 @@ def test_one_gelu_for_eight_operations_changes_nothing(gpt2):
     after = fused_gelu(gpt2)(input_ids=ids).logits
     assert not any(isinstance(m, NewGELUActivation) for m in gpt2.modules())
     assert torch.allclose(before, after, atol=1e-5) and gpt2.config.activation_function == kind
+
+
+def test_a_shared_prompt_under_autocast(any_model, monkeypatch):
+    """The mask is float32, the scores are bfloat16: both paths run, and differ by rounding only."""
+    exact = completion_logps(any_model, many_rows()).detach()
+    for share in (False, True):
+        monkeypatch.setattr(fast_logprobs, "shares_prompts", lambda rows, share=share: share)
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = completion_logps(any_model, many_rows())
+        assert logps.dtype == torch.float32
+        logps.sum().backward()
+        assert (logps - exact).abs().max() < 0.02 * exact.abs().max()
