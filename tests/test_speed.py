@@ -3,6 +3,7 @@ of the code.
 """
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,13 @@ def test_what_is_needed_is_what_the_packed_rows_read():
     assert speed.step_work(*SHAPE, ROWS) == 3 * sum(needed.values())
 
 
-def test_the_peak_is_a_rate():
-    assert 1e8 < speed.matmul_peak(64) < 1e16
+def test_the_peak_is_operations_a_second(monkeypatch):
+    """By a clock on which half a second passes between any two looks."""
+    looks = count(0, 0.5)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(looks))
+    assert speed.matmul_peak(64) == 2 * 2 * 64**3
+    medians = speed.interleaved({"a": lambda: next(looks), "b": lambda: None})
+    assert medians == {"a": 1.0, "b": 0.5}
 
 
 def test_stored_benchmarks_are_those_of_the_code(monkeypatch):
