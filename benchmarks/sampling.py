@@ -5,10 +5,10 @@ import time
 
 import torch
 
-from dpo_mini.data import collate, tokenize_prompt
 from dpo_mini.models import load_model
 from dpo_mini.rewards import load_prompts
 from dpo_mini.sampling import sample_completions
+from dpo_mini.tokens import collate, tokenize_prompt
 
 BATCH_SIZES = (64, 128, 256, 512)  # completions at once; `generate` is given its best
 

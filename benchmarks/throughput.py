@@ -46,7 +46,7 @@ def build(width: int, layers: int, heads: int, vocabulary: int):
 
 def pairs_of(pairs: int, samples: int, prompt: int, completion: int, vocabulary: int):
     """Random token ids: time and memory do not depend on what they say."""
-    from dpo_mini.data import TokenizedPair
+    from dpo_mini.tokens import TokenizedPair
 
     generator = torch.Generator().manual_seed(1)
 
@@ -62,7 +62,8 @@ def pairs_of(pairs: int, samples: int, prompt: int, completion: int, vocabulary:
 
 def ours(model, pairs, steps, bf16, after_step):
     from dpo_mini.models import fused_gelu
-    from dpo_mini.training import TrainingConfig, train_preferences
+    from dpo_mini.settings import TrainingConfig
+    from dpo_mini.training import train_preferences
 
     config = TrainingConfig(
         steps=steps, batch_size=len(pairs), learning_rate=LEARNING_RATE, warmup_steps=0,

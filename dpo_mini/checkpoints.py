@@ -1,6 +1,5 @@
 """What lets a run be stopped at any moment and go on to the same weights, bit for bit."""
 
-import hashlib
 import json
 import signal
 import threading
@@ -81,14 +80,6 @@ def saved_step(path: Path) -> int | None:
         return None
     with safe_open(path, "pt") as stored:
         return json.loads(stored.metadata()["log"])[-1]["step"]
-
-
-def fingerprint(model, pairs) -> str:
-    """A hash of the model's weights and of the pairs' tokens."""
-    digest = hashlib.sha256(json.dumps([list(vars(p).values()) for p in pairs]).encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -139,8 +139,16 @@ def run_prompts(args) -> dict:
 
 
 def run_sft(args) -> dict:
-    from dpo_mini.data import read_texts, text_items
-    from dpo_mini.models import context_length, load_model, model_card, save_model
+    from dpo_mini.data import read_texts
+    from dpo_mini.models import (
+        context_length,
+        load_model,
+        merged,
+        model_card,
+        save_model,
+        with_lora,
+    )
+    from dpo_mini.tokens import text_items
     from dpo_mini.training import sft_objective, train
 
     prepare_output(args)
@@ -164,8 +172,8 @@ def run_sft(args) -> dict:
 
 
 def run_pairs(args) -> dict:
+    from dpo_mini.curation import sampled_pairs
     from dpo_mini.data import write_jsonl
-    from dpo_mini.demo import sampled_pairs
     from dpo_mini.models import load_model
     from dpo_mini.rewards import load_reward
 
@@ -188,14 +196,16 @@ def run_pairs(args) -> dict:
 
 def run_train(args) -> dict:
     from dpo_mini.course.plots import training_figure
-    from dpo_mini.data import (
-        preference_pairs,
-        read_rows,
-        tokenize_labelled,
-        tokenize_pairs,
-        write_jsonl,
+    from dpo_mini.data import preference_pairs, read_rows, write_jsonl
+    from dpo_mini.models import (
+        context_length,
+        load_model,
+        merged,
+        model_card,
+        save_model,
+        with_lora,
     )
-    from dpo_mini.models import context_length, load_model, model_card, save_model
+    from dpo_mini.tokens import tokenize_labelled, tokenize_pairs
     from dpo_mini.training import loss_arguments, train_preferences
 
     names = ("beta", "label_smoothing", "gamma", "alpha")
@@ -231,11 +241,12 @@ def run_train(args) -> dict:
 
 
 def run_evaluate(args) -> dict:
-    from dpo_mini.data import preference_pairs, read_rows, tokenize_pairs, write_jsonl
+    from dpo_mini.data import preference_pairs, read_rows, write_jsonl
     from dpo_mini.evaluation import evaluate, held_out_accuracy
     from dpo_mini.models import context_length, load_model
+    from dpo_mini.reference import reference_logps
     from dpo_mini.rewards import load_judge, load_reward
-    from dpo_mini.training import reference_logps
+    from dpo_mini.tokens import tokenize_pairs
 
     prepare_output(args)
     policy, tokenizer = load_model(args.model)
@@ -338,7 +349,7 @@ def training_config(args, model=None, default=None, **changes):
     """A TrainingConfig of the options given on the command line; the rest as in `default`, but
     bfloat16 where `model` is on a CUDA GPU.
     """
-    from dpo_mini.training import TrainingConfig
+    from dpo_mini.settings import TrainingConfig
 
     values = asdict(default or TrainingConfig())
     values |= {
@@ -365,27 +376,6 @@ def chosen_prompts(args, tokenizer, split="train") -> list[str]:
     else:
         prompts = load_prompts(split)
     return prompts[: args.n_prompts]
-
-
-def with_lora(model, rank: int):
-    """The model with trainable low-rank adapters on its linear layers; itself where rank is 0."""
-    if not rank:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        from dpo_mini.checkpoints import TrainingError
-
-        raise TrainingError("--lora needs peft: pip install 'dpo-mini[lora]'.") from None
-    adapters = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, adapters)
-
-
-def merged(model):
-    """The model with its adapters, if any, added into its weights: it loads like any other."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def save_report(args, report: dict, name: str = "report.json") -> dict:

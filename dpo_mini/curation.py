@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini.data import DataError, PreferencePair
+from dpo_mini.sampling import sample_completions
 
 
 def prefixes(
@@ -22,6 +23,17 @@ def prefixes(
         ids = tokenizer(texts[i][:200], add_special_tokens=False)["input_ids"][:length]
         prompts.append(tokenizer.decode(ids))
     return prompts
+
+
+def sampled_pairs(
+    model, tokenizer, prompts, reward, n=4, max_new_tokens=40, labels="best", seed=0, progress=False
+):
+    """Sample `n` completions of each prompt, label all their pairs: (pairs, exact ties dropped)."""
+    samples = sample_completions(
+        model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress
+    )
+    rewards = reward([c.full_text for row in samples for c in row])
+    return pairs_from_samples(samples, rewards, labels, seed)
 
 
 def pairs_from_samples(

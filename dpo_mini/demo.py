@@ -7,31 +7,23 @@ from pathlib import Path
 import torch
 
 from dpo_mini.checkpoints import TrainingError
-from dpo_mini.curation import pairs_from_samples
-from dpo_mini.data import preference_pairs, read_rows, tokenize_pairs, write_jsonl
+from dpo_mini.curation import sampled_pairs
+from dpo_mini.data import preference_pairs, read_rows, write_jsonl
 from dpo_mini.evaluation import distinct_n, evaluate, held_out_accuracy, sequence_kl
 from dpo_mini.losses import PairLogps, dpo_loss, preference_metrics
 from dpo_mini.models import EMBEDDED, context_length, load_model, model_card, save_model
+from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
-from dpo_mini.training import TrainingConfig, reference_logps, train_preferences
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import tokenize_pairs
+from dpo_mini.training import train_preferences
 
 # Four prompts a step, with the six pairs of each prompt's four samples: a small model, so a
 # learning rate far above a large one's, and a beta that keeps the KL under ten nats with it.
 DEMO_CONFIG = TrainingConfig(
     steps=275, batch_size=24, block_size=6, learning_rate=2e-4, warmup_steps=10, monitor_every=55
 )
-
-
-def sampled_pairs(
-    model, tokenizer, prompts, reward, n=4, max_new_tokens=40, labels="best", seed=0, progress=False
-):
-    """Sample `n` completions of each prompt, label all their pairs: (pairs, exact ties dropped)."""
-    samples = sample_completions(
-        model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress
-    )
-    rewards = reward([c.full_text for row in samples for c in row])
-    return pairs_from_samples(samples, rewards, labels, seed)
 
 
 def sample_monitor(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mini.data import collate
 from dpo_mini.sampling import Completion, sample_completions
+from dpo_mini.tokens import collate
 
 
 class Estimate(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dpo_mini.data import collate
 from dpo_mini.logprobs import sequence_logps
+from dpo_mini.tokens import collate
 
 # A shared prompt needs an attention mask of its own, which keeps attention off its fastest path;
 # that pays once this share of all tokens need not be read twice.

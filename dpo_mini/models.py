@@ -71,6 +71,25 @@ def fused_gelu(model):
     return model
 
 
+def with_lora(model, rank: int):
+    """The model with trainable low-rank adapters on its linear layers; itself where rank is 0."""
+    if not rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise HubError("LoRA needs peft: pip install '.[lora]' in the project's folder.") from None
+    adapters = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, adapters)
+
+
+def merged(model):
+    """The model with its adapters, if any, added into its weights: it loads like any other."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
 def context_length(model) -> int:
     """How many tokens the model can read at once."""
     return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions

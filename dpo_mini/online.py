@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo_mini.data import tokenize_pairs
-from dpo_mini.demo import sampled_pairs
+from dpo_mini.curation import sampled_pairs
 from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length
-from dpo_mini.training import TrainingConfig, preference_objective, reference_logps, train
+from dpo_mini.reference import reference_logps
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import tokenize_pairs
+from dpo_mini.training import preference_objective, train
 
 
 def online_dpo(

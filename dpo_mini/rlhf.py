@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_mini.checkpoints import TrainingError
-from dpo_mini.data import Batch, TokenizedPair, collate
+from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.logprobs import token_logps
 from dpo_mini.sampling import Completion, sample_completions
-from dpo_mini.training import Objective, TrainingConfig, batch_indices, different_rows, rows_of
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import Batch, TokenizedPair, collate
+from dpo_mini.training import Objective, batch_indices
 
 Reward = Callable[[Sequence[Completion]], Tensor]
 
@@ -68,7 +70,7 @@ def reward_objective() -> Objective:
     """
 
     def losses(model, pairs: Sequence[TokenizedPair]):
-        rows, index = different_rows(rows_of(pairs))
+        rows, index = different_rows([row for pair in pairs for row in pair.rows])
         scores = sequence_rewards(model, rows)[index.to(model.device)].view(-1, 2)
         margins = scores[:, 0] - scores[:, 1]
         accuracies = (1 + torch.sign(margins.detach())) / 2

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dpo_mini.data import collate, tokenize_prompt
+from dpo_mini.tokens import collate, tokenize_prompt
 
 WORTH_DROPPING = (
     0.25  # rows that have ended are dropped when they are this share: it copies the rest

@@ -1,9 +1,8 @@
 """The training loop. SFT and preference training are the same loop with another objective."""
 
 import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -14,36 +13,18 @@ from torch import Tensor
 from dpo_mini.checkpoints import (
     TrainingError,
     TrainingInterrupted,
-    fingerprint,
     interruption,
     load_checkpoint,
     save_checkpoint,
     saved_step,
 )
-from dpo_mini.data import LabelledCompletion, TokenizedPair, collate, unpaired
 from dpo_mini.family import LOSSES, REFERENCE_FREE, LabelledLogps, kto_loss
-from dpo_mini.fast_logprobs import completion_logps, different_rows
+from dpo_mini.fast_logprobs import completion_logps
 from dpo_mini.logprobs import token_logps
 from dpo_mini.losses import PairLogps, preference_metrics
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train; what to minimise is the objective's business."""
-
-    steps: int = 200
-    batch_size: int = 32  # items (pairs or texts) per optimiser step, over all processes
-    micro_batch_size: int | None = None  # items in memory at once; None: the whole batch
-    block_size: int = 1  # neighbours shuffled as one: 6 keeps the pairs of 4 samples together
-    learning_rate: float = 5e-5
-    warmup_steps: int = 10
-    schedule: str = "linear"  # after the warm-up: "constant", "linear" or "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    bf16: bool = False  # autocast; log-probabilities stay in float32
-    seed: int = 0
-    checkpoint_every: int = 50
-    monitor_every: int = 25
+from dpo_mini.reference import fingerprint, reference_logps
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import TokenizedPair, collate, unpaired
 
 
 class Objective(NamedTuple):
@@ -58,7 +39,7 @@ def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Ob
 
     def losses(model, items):
         pairs, reference = zip(*items)
-        logps = completion_logps(model, rows_of(pairs)).view(-1, 2)
+        logps = completion_logps(model, [row for pair in pairs for row in pair.rows]).view(-1, 2)
         reference = torch.tensor(reference, device=logps.device, dtype=logps.dtype)
         tokens = torch.tensor([(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
         tokens = tokens.to(logps.device)
@@ -75,7 +56,7 @@ def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> 
 
     def losses(model, items):
         labelled, reference = zip(*items)
-        rows, other_rows = rows_of(labelled)[::2], rows_of(labelled)[1::2]
+        rows, other_rows = zip(*(item.rows for item in labelled))
         policy = completion_logps(model, rows)
         with torch.no_grad():
             elsewhere = completion_logps(model, other_rows)
@@ -98,21 +79,6 @@ def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> 
     return Objective(terms=lambda item: 1, losses=losses)
 
 
-def rows_of(items: Sequence[TokenizedPair | LabelledCompletion]) -> list[tuple]:
-    """(prompt ids, completion ids), two for each item: of a pair the chosen and the rejected, of a
-    labelled completion itself and the other prompt's.
-    """
-    return [
-        (item.prompt_ids, ids)
-        for item in items
-        for ids in (
-            (item.chosen_ids, item.rejected_ids)
-            if isinstance(item, TokenizedPair)
-            else (item.completion_ids, item.other_ids)
-        )
-    ]
-
-
 def sft_objective() -> Objective:
     """Items are (prompt ids, completion ids); the loss is -log pi(token) of completion tokens."""
 
@@ -123,40 +89,6 @@ def sft_objective() -> Objective:
         return -logps.sum(), {"logps/completion": logps.detach()}
 
     return Objective(terms=lambda item: len(item[1]), losses=losses)
-
-
-def reference_logps(
-    model, pairs: Sequence, cache=None, batch_size=64, bf16=False, progress=False
-) -> Tensor:
-    """log pi_ref of chosen and rejected, float32 [pairs, 2], computed once: pi_ref never changes.
-    (Of labelled completions: of the completion, and of the other prompt's.)
-
-    With `cache` (a file's path) the result is kept with a fingerprint of weights and tokens, and
-    is used again only where both are the same.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    from tqdm.auto import tqdm
-
-    mark = fingerprint(model, pairs)
-    if cache and Path(cache).exists():
-        with safe_open(cache, "pt") as stored:
-            if stored.metadata().get("fingerprint") == mark:
-                return stored.get_tensor("logps")
-    rows, index = different_rows(rows_of(pairs))
-    by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
-    logps = torch.empty(len(rows))
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for i in tqdm(range(0, len(rows), batch_size), "reference", disable=not progress):
-            chunk = by_length[i : i + batch_size]
-            logps[chunk] = completion_logps(model, [rows[j] for j in chunk]).float().cpu()
-    logps = logps[index].view(-1, 2)
-    if cache:
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(f"{cache}.{os.getpid()}")  # several processes may write, each whole
-        save_file({"logps": logps}, partial, metadata={"fingerprint": mark})
-        partial.replace(cache)
-    return logps
 
 
 def train_preferences(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpo_mini.data import TokenizedPair
 from dpo_mini.models import EMBEDDED_FOLDER
+from dpo_mini.tokens import TokenizedPair
 
 SHARED_IMDB = Path(__file__).resolve().parents[2] / "shared" / "data" / "imdb"
 needs_imdb = pytest.mark.skipif(

@@ -127,7 +127,7 @@ def test_notebook_08_trains_a_model_data_and_classifier_from_folders(
     notebook = nbformat.read(ROOT / "notebooks" / "08_train_gpt2.ipynb", as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source = f"""
-from dpo_mini.training import TrainingConfig
+from dpo_mini.settings import TrainingConfig
 MODEL, DATASET, REWARD = {str(tiny_folder)!r}, {str(imdb_folder)!r}, {str(classifier_folder)!r}
 sft = TrainingConfig(steps=6, batch_size=8, learning_rate=1e-3)
 dpo = TrainingConfig(steps=4, batch_size=12, block_size=6, micro_batch_size=6, monitor_every=2)

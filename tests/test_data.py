@@ -6,22 +6,18 @@ import pytest
 import torch
 
 from dpo_mini.curation import pairs_from_samples
-from dpo_mini.data import (
-    DataError,
+from dpo_mini.data import DataError, PreferencePair, preference_pairs, read_rows, write_jsonl
+from dpo_mini.sampling import Completion
+from dpo_mini.tokens import (
     LabelledCompletion,
-    PreferencePair,
     TokenizedPair,
     collate,
     labelled_completions,
-    preference_pairs,
-    read_rows,
     tokenize_labelled,
     tokenize_pairs,
     tokenize_prompt,
     unpaired,
-    write_jsonl,
 )
-from dpo_mini.sampling import Completion
 
 ROW = {"prompt": "This movie", "chosen": " was great.", "rejected": " was dull."}
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import make_gpt2
 
-from dpo_mini.data import collate
 from dpo_mini.evaluation import (
     distinct_n,
     mean_interval,
@@ -16,6 +15,7 @@ from dpo_mini.evaluation import (
 )
 from dpo_mini.logprobs import sequence_logps
 from dpo_mini.sampling import Completion
+from dpo_mini.tokens import collate
 
 
 def covered(draw, truth, trials=400):

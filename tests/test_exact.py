@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import make_gpt2
 
 from dpo_mini import exact
-from dpo_mini.data import collate
 from dpo_mini.family import LabelledLogps, ipo_loss, kto_loss, robust_loss
 from dpo_mini.logprobs import sequence_logps
 from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss, implicit_rewards
+from dpo_mini.tokens import collate
 
 BETA = 0.7
 RESPONSES = exact.completions(3, 3)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dpo_mini import fast_logprobs
-from dpo_mini.data import collate
 from dpo_mini.fast_logprobs import (
     completion_logps,
     family_length,
@@ -15,6 +14,7 @@ from dpo_mini.fast_logprobs import (
     shares_prompts,
 )
 from dpo_mini.logprobs import sequence_logps
+from dpo_mini.tokens import collate
 
 
 def many_rows():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_gpt2
 
-from dpo_mini.data import collate
 from dpo_mini.logprobs import sequence_logps, token_logps
+from dpo_mini.tokens import collate
 
 SEQUENCES = [
     ([0, 5, 9], [11, 3, 0]),

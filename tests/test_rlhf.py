@@ -16,7 +16,6 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from dpo_mini import exact, rlhf
-from dpo_mini.data import TokenizedPair, collate
 from dpo_mini.logprobs import sequence_logps
 from dpo_mini.rlhf import (
     PolicyGradientConfig,
@@ -39,7 +38,9 @@ from dpo_mini.rlhf import (
     token_rewards,
     whitened,
 )
-from dpo_mini.training import TrainingConfig, TrainingError, learning_rate, train
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import TokenizedPair, collate
+from dpo_mini.training import TrainingError, learning_rate, train
 
 ROWS = [([0, 5, 9], [11, 3, 0]), ([0], [7, 0]), ([0, 4], [8, 8, 8, 21, 60, 0]), ([0, 5], [90])]
 

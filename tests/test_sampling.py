@@ -2,9 +2,9 @@
 
 import torch
 
-from dpo_mini.data import collate, tokenize_prompt
 from dpo_mini.models import load_model
 from dpo_mini.sampling import continuations, inverse_cdf, sample_completions, through_first
+from dpo_mini.tokens import collate, tokenize_prompt
 
 
 def test_first_tokens_follow_the_softmax_tail_included(tiny_folder):

@@ -20,18 +20,17 @@ from conftest import make_gpt2, random_pairs
 
 from dpo_mini import training
 from dpo_mini.course.plots import training_figure
-from dpo_mini.data import TokenizedPair, labelled_completions, unpaired
 from dpo_mini.family import LOSSES, REFERENCE_FREE, kto_loss
+from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.models import without_dropout
+from dpo_mini.reference import reference_logps
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import TokenizedPair, labelled_completions, unpaired
 from dpo_mini.training import (
-    TrainingConfig,
     TrainingError,
     TrainingInterrupted,
     batch_indices,
-    different_rows,
     learning_rate,
-    reference_logps,
-    rows_of,
     sft_objective,
     train,
     train_preferences,
@@ -290,7 +289,7 @@ def test_a_batch_is_a_function_of_its_step_and_an_epoch_sees_every_item_once():
 def test_a_completion_in_several_pairs_is_read_once_and_nothing_changes():
     a, b, c = [5, 0], [6, 7, 0], [8]
     pairs = [TokenizedPair([0, 1], *p) for p in ((a, b), (a, c), (c, b))]
-    rows, index = different_rows(rows_of(pairs))
+    rows, index = different_rows([row for pair in pairs for row in pair.rows])
     assert len(rows) == 3 and [rows[i][1] for i in index.view(-1, 2)[2]] == [c, b]
     together = reference_logps(fresh(), pairs)
     apart = torch.cat([reference_logps(fresh(), [p]) for p in pairs])
@@ -363,7 +362,8 @@ SCRIPT = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 from conftest import make_gpt2, random_pairs
-from dpo_mini.training import TrainingConfig, train_preferences
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.training import train_preferences
 torch.manual_seed(0)
 model = make_gpt2()
 slow = float(sys.argv[2])
@@ -500,7 +500,8 @@ PROCESSES = """
 import os, sys, torch
 sys.path.insert(0, {tests!r})
 from conftest import make_gpt2, random_pairs
-from dpo_mini.training import TrainingConfig, train_preferences
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.training import train_preferences
 torch.manual_seed(0)
 model = make_gpt2().double()
 config = TrainingConfig(steps=5, batch_size=8, micro_batch_size=2, learning_rate=1e-3,

@@ -4,9 +4,11 @@ and gradients.
 
 import pytest
 
-from dpo_mini.data import preference_pairs, tokenize_pairs
+from dpo_mini.data import preference_pairs
 from dpo_mini.models import load_model
-from dpo_mini.training import TrainingConfig, batch_indices, train_preferences
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import tokenize_pairs
+from dpo_mini.training import batch_indices, train_preferences
 
 STEPS, BATCH, BETA = 20, 4, 0.3
 NAMES = (

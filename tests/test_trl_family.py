@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import make_gpt2, random_pairs
 
-from dpo_mini.data import TokenizedPair, collate, unpaired
 from dpo_mini.family import LOSSES, kto_loss
 from dpo_mini.logprobs import sequence_logps
-from dpo_mini.training import loss_arguments, preference_objective, rows_of, unpaired_objective
+from dpo_mini.tokens import TokenizedPair, collate, unpaired
+from dpo_mini.training import loss_arguments, preference_objective, unpaired_objective
 
 trl = pytest.importorskip("trl", reason="needs the test extra: pip install '.[test]'")
 
@@ -75,7 +75,7 @@ def gradient(value, model):
 
 def reference_of(reference, items):
     with torch.no_grad():
-        logps = sequence_logps(reference, *collate(rows_of(items)))
+        logps = sequence_logps(reference, *collate([row for item in items for row in item.rows]))
     return list(zip(items, logps.view(-1, 2).tolist()))
 
 
@@ -201,7 +201,7 @@ def test_kto_on_either_side_of_its_clamp(models, clamped):
     objective = unpaired_objective(lambda logps: kto_loss(logps, **options), 0.7)
     total, metrics = objective.losses(policy, reference_of(reference, items))
 
-    own, elsewhere = (collate(rows_of(items)[start::2])._asdict() for start in (0, 1))
+    own, elsewhere = (collate([item.rows[start] for item in items])._asdict() for start in (0, 1))
     fused = WithFusedHead(policy)
     trainer = made(
         trl.KTOTrainer, model=fused, ref_model=WithFusedHead(reference), loss_type="kto",

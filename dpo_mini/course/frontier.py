@@ -31,12 +31,13 @@ from dpo_mini.course.studies import (
     study,
     study_parser,
 )
-from dpo_mini.data import tokenize_pairs
 from dpo_mini.demo import DEMO_CONFIG, sample_monitor
 from dpo_mini.evaluation import Estimate, distinct_n, mean_interval, sequence_kl
+from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length, load_model
 from dpo_mini.online import online_dpo
+from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.rlhf import (
     PolicyGradientConfig,
@@ -50,15 +51,9 @@ from dpo_mini.rlhf import (
     text_reward,
 )
 from dpo_mini.sampling import sample_completions
-from dpo_mini.training import (
-    TrainingConfig,
-    different_rows,
-    preference_objective,
-    reference_logps,
-    rows_of,
-    train,
-    train_preferences,
-)
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import tokenize_pairs
+from dpo_mini.training import preference_objective, train, train_preferences
 
 SAMPLES, ROUNDS, MAX_NEW_TOKENS = 4, 7, 32
 PPO = PolicyGradientConfig(
@@ -149,7 +144,7 @@ def offline(world: World, loss: str, knob: dict) -> Outcome:
     options = {k: v for k, v in knob.items() if k != "learning_rate"}
     config = replace(world.run.offline, **rates)
     log = train_preferences(world.policy, world.pairs, config, loss=loss, loss_options=options)
-    rows = different_rows(rows_of(world.pairs))[0]
+    rows = different_rows([row for pair in world.pairs for row in pair.rows])[0]
     return Outcome(log, len(rows), sum(len(ids) for _, ids in rows))
 
 
@@ -260,7 +255,7 @@ def reward_of(world: World, true: bool):
         world.reference, world.tokenizer, world.prompts[:128], 1, MAX_NEW_TOKENS,
         seed=world.run.seed,
     )  # fmt: skip
-    labels = len(different_rows(rows_of(world.pairs))[0])
+    labels = len(different_rows([row for pair in world.pairs for row in pair.rows])[0])
     return normalised(reward, [row[0] for row in drawn]), labels
 
 

@@ -6,7 +6,7 @@ import torch
 
 from dpo_mini.demo import DEMO_CONFIG
 from dpo_mini.models import EMBEDDED
-from dpo_mini.training import TrainingConfig
+from dpo_mini.settings import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,17 @@ import torch
 
 from dpo_mini import curation
 from dpo_mini.checkpoints import TrainingError
-from dpo_mini.data import (
-    PreferencePair,
-    preference_pairs,
-    read_rows,
-    tokenize_pairs,
-    write_jsonl,
-)
-from dpo_mini.demo import DEMO_CONFIG, sample_monitor, sampled_pairs
+from dpo_mini.curation import sampled_pairs
+from dpo_mini.data import PreferencePair, preference_pairs, read_rows, write_jsonl
+from dpo_mini.demo import DEMO_CONFIG, sample_monitor
 from dpo_mini.evaluation import evaluate
 from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length, load_model
+from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
-from dpo_mini.training import TrainingConfig, preference_objective, reference_logps, train
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import tokenize_pairs
+from dpo_mini.training import preference_objective, train
 
 MAX_NEW_TOKENS = 32
 
