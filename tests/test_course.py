@@ -41,6 +41,41 @@ def test_a_notebook_says_what_it_gives_and_takes(path):
         assert word in opening
 
 
+def test_every_page_leads_on_and_its_answers_are_folded():
+    from dpo_mini.course import pages
+
+    titles = {path: pages.title(path) for path in NOTEBOOKS}
+    for i, path in enumerate(NOTEBOOKS):
+        notebook = nbformat.read(path, as_version=4)
+        links = pages.navigation(path, NOTEBOOKS, titles)
+        assert pages.finished(notebook, links) == notebook, "run python -m dpo_mini.course.pages"
+        assert notebook.cells[-1].source == links
+        follows = NOTEBOOKS[i + 1].name if i + 1 < len(NOTEBOOKS) else "cheat_sheet.md"
+        assert f"]({follows})" in links
+        for cell in notebook.cells:
+            if "answer" in cell.metadata.get("tags", []):
+                assert cell.metadata["jupyter"]["outputs_hidden"] and cell.cell_type == "code"
+
+
+def test_no_stored_output_needs_a_kernel():
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                kinds = output.get("data", {})
+                assert "application/vnd.jupyter.widget-view+json" not in kinds, path.name
+
+
+def test_every_citation_leads_to_the_bibliography():
+    listed = (NOTEBOOKS[0].parent / "references.md").read_text("utf-8")
+    root = NOTEBOOKS[0].parents[1]
+    places = [*NOTEBOOKS, *root.glob("*.md"), *root.glob("notebooks/*.md")]
+    places += [*root.glob("dpo_mini/**/*.py"), *root.glob("solutions/*.ipynb")]
+    for path in places:
+        text = path.read_text("utf-8")
+        for identifier in re.findall(r"arXiv[:\s]*(\d{4}\.\d{4,5})", text):
+            assert f"arxiv.org/abs/{identifier}" in listed, (path.name, identifier)
+
+
 def test_links_between_notebooks_lead_somewhere():
     for path in [*NOTEBOOKS, *NOTEBOOKS[0].parent.glob("*.md")]:
         for target in re.findall(r"\]\(([\w./-]+\.(?:ipynb|md))\)", path.read_text("utf-8")):
@@ -78,9 +113,23 @@ def test_the_most_and_least_weighted_pairs_are_shown_and_escaped():
 def test_a_slider_moves_the_picture():
     box = widgets.explore(widgets.tilting, beta=(0.05, 5, 0.05, 1.0))
     slider, view = box.children
+    assert slider.tooltip
     before = view.value
     slider.value = 0.2
     assert view.value != before and view.value == widgets.tilting(0.2)
+
+
+def test_without_a_kernel_the_page_shows_three_pictures(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda what, **_: shown.append(what))
+    widgets.explore(widgets.tilting, still=(0.3, 1.0, 3.0), beta=(0.05, 5, 0.05, 1.0))
+    still, box = shown
+    ElementTree.fromstring(still["image/svg+xml"])
+    for beta in (0.3, 1.0, 3.0):
+        assert f"beta = {beta:.2f}" in still["image/svg+xml"]
+    assert len(box.children) == 2
 
 
 def test_labelling_by_hand_counts_agreement_wherever_the_text_stands():

@@ -69,10 +69,11 @@ def joined(outputs: list) -> list:
 
 
 def is_chatter(output) -> bool:
-    """Progress bars and libraries' messages, which say nothing to a reader."""
-    data = output.get("data", {})
-    bar = "application/vnd.jupyter.widget-view+json" in data and "image/svg+xml" not in data
-    return bar or output.get("name") == "stderr"
+    """What says nothing to a reader: libraries' messages, progress bars, and sliders, which without
+    their kernel are no more than the words "Error displaying widget".
+    """
+    live = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return live or output.get("name") == "stderr"
 
 
 def main(arguments: list[str]) -> None:

@@ -102,3 +102,17 @@ def picture(panels: Sequence[Panel], width=720, height=320, caption="") -> str:
         f"role='img' style='max-width:100%'><title>{escape(caption)}</title>"
         f"<rect width='{width}' height='{height}' rx='8' fill='{PAPER}'/>{body}</svg>"
     )
+
+
+def small_multiples(pictures: Sequence[str], columns=2, width=720, height=320, gap=12) -> str:
+    """Pictures of one size side by side, as one SVG: what a slider would show, standing still."""
+    rows = -(-len(pictures) // columns)
+    across, down = columns * (width + gap) - gap, rows * (height + gap) - gap
+    placed = []
+    for i, part in enumerate(pictures):
+        x, y = i % columns * (width + gap), i // columns * (height + gap)
+        placed.append(part.replace("<svg ", f"<svg x='{x}' y='{y}' ", 1))
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {across} {down}' "
+        f"width='{across}' role='img' style='max-width:100%;height:auto'>{''.join(placed)}</svg>"
+    )

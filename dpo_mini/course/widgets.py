@@ -10,7 +10,7 @@ import torch
 
 from dpo_mini import exact
 from dpo_mini.course.plots import BLUE, GREEN, ORANGE, VERMILION
-from dpo_mini.course.svg import GREY, Panel, picture
+from dpo_mini.course.svg import GREY, Panel, picture, small_multiples
 
 # A world of eight answers, used wherever the course needs one at a glance.
 REFERENCE = torch.tensor([0.22, 0.18, 0.16, 0.14, 0.11, 0.09, 0.06, 0.04]).double().log()
@@ -121,14 +121,23 @@ def pair_text(which: str, i: int, colour: str, weights, texts) -> str:
     )
 
 
-def explore(draw: Callable[..., str], **sliders: tuple):
+def explore(draw: Callable[..., str], still: Sequence[float] = (), **sliders: tuple):
     """Show `draw(**values)` with a slider for each argument: name=(low, high, step, start).
 
-    With a kernel the picture follows the sliders; without one (a web page, a printout) the stored
-    picture of the starting values stands in its place. Returns the box of widgets.
+    `still`: values of the first argument that are first drawn side by side. That picture is stored
+    with the page, so that it teaches without a kernel, where no slider can be. Returns the box of
+    widgets.
     """
     import ipywidgets
     from IPython.display import display
+
+    starts = {name: start for name, (*_, start) in sliders.items()}
+    first = next(iter(sliders))
+    drawn = [draw(**{**starts, first: value}) for value in still or [starts[first]]]
+    pictures = [part[: part.index("</svg>") + len("</svg>")] for part in drawn]
+    values = ", ".join(f"{value:g}" for value in still or [starts[first]])
+    said = {"text/plain": f"Pictures at {first} = {values}; run this cell for a slider"}
+    display({**said, "image/svg+xml": small_multiples(pictures)}, raw=True)
 
     controls = {
         name: ipywidgets.FloatSlider(
@@ -137,6 +146,8 @@ def explore(draw: Callable[..., str], **sliders: tuple):
         )
         for name, (low, high, step, start) in sliders.items()
     }  # fmt: skip
+    for name, slider in controls.items():
+        slider.tooltip = f"{name}: move it, and the picture follows"  # read out by screen readers
 
     def redraw(_=None):
         view.value = draw(**{name: slider.value for name, slider in controls.items()})
@@ -146,10 +157,18 @@ def explore(draw: Callable[..., str], **sliders: tuple):
     for slider in controls.values():
         slider.observe(redraw, "value")
     box = ipywidgets.VBox([*controls.values(), view])
-    live = box._repr_mimebundle_()
-    still = view.value[: view.value.index("</svg>") + len("</svg>")]
-    display({**live, "image/svg+xml": still, "text/plain": "A picture with sliders"}, raw=True)
+    display(box)
     return box
+
+
+def pair_to_label(pair, number: int, of: int, chosen_is_left: bool = True) -> str:
+    """A pair as a labeller sees it, HTML: the prompt, then the two completions side by side."""
+    ends = (pair.chosen, pair.rejected) if chosen_is_left else (pair.rejected, pair.chosen)
+    cells = "".join(f"<td style='width:50%;vertical-align:top'>{escape(e)}</td>" for e in ends)
+    return (
+        f"<p>Pair {number} of {of}: <b>{escape(pair.prompt)}</b> … "
+        f"Which one is the more positive review?</p><table><tr>{cells}</tr></table>"
+    )
 
 
 def label_yourself(pairs: Sequence, seed: int = 0):
@@ -173,15 +192,8 @@ def label_yourself(pairs: Sequence, seed: int = 0):
             text.value = f"You agree with the label in {sum(choices)} of {len(pairs)} pairs."
             left.disabled = right.disabled = True
             return
-        pair = pairs[len(choices)]
-        ends = (pair.chosen, pair.rejected) if left_is_chosen[len(choices)] else (
-            pair.rejected, pair.chosen
-        )  # fmt: skip
-        cells = "".join(f"<td style='width:50%;vertical-align:top'>{escape(e)}</td>" for e in ends)
-        text.value = (
-            f"<p>Pair {len(choices) + 1} of {len(pairs)}: <b>{escape(pair.prompt)}</b> … "
-            f"Which one is the more positive review?</p><table><tr>{cells}</tr></table>"
-        )
+        i = len(choices)
+        text.value = pair_to_label(pairs[i], i + 1, len(pairs), left_is_chosen[i])
 
     def press(button):
         choices.append((button is left) == left_is_chosen[len(choices)])
