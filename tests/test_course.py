@@ -76,6 +76,44 @@ def test_every_citation_leads_to_the_bibliography():
             assert f"arxiv.org/abs/{identifier}" in listed, (path.name, identifier)
 
 
+def symbol_table(text: str) -> list[str]:
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| symbol |"))
+    rows = lines[start:]
+    return rows[: next((i for i, line in enumerate(rows) if not line.startswith("|")), len(rows))]
+
+
+def test_symbols_mean_the_same_in_the_first_chapters_and_on_the_cheat_sheet():
+    folder = NOTEBOOKS[0].parent
+    pages = {path.name[:2]: nbformat.read(path, as_version=4) for path in NOTEBOOKS[:6]}
+    words = {n: "\n".join(cell.source for cell in page.cells) for n, page in pages.items()}
+    said = symbol_table(words["02"])
+    assert len(said) == 8 and said == symbol_table((folder / "cheat_sheet.md").read_text("utf-8"))
+    words["02"] = words["02"].replace("\n".join(said), "").replace(r"the margin $\Delta$ in", "")
+    for n, text in words.items():
+        assert r"\Delta" not in text or n in ("04", "05"), n  # 04 defines the margin
+        assert r"\lambda" not in text or n == "02", n  # the multiplier of its own page
+        assert r"\gamma" not in text and not re.search(r"(?<!hat )r_[wl]\b", text), n
+
+
+def test_a_package_that_is_missing_or_old_is_a_sentence():
+    from dpo_mini.course import packages
+
+    asked = ["torch>=99", 'no-such-package>=1; extra == "lab"', "sympy>=1"]
+    old, missing = packages.package_problems([*asked, 'no-such-tool; extra == "test"'])
+    assert old.startswith(f"torch {torch.__version__} is here, and >=99 is needed")
+    assert missing.startswith("no-such-package is missing: ") and "make lab" in missing
+
+
+def test_the_course_names_what_its_project_does_not_find(monkeypatch):
+    from dpo_mini.course import packages
+
+    packages.require_packages()
+    monkeypatch.setattr(packages.metadata, "requires", lambda name: ["no-such-package"])
+    with pytest.raises(ImportError, match="no-such-package is missing"):
+        packages.require_packages()
+
+
 def test_links_between_notebooks_lead_somewhere():
     for path in [*NOTEBOOKS, *NOTEBOOKS[0].parent.glob("*.md")]:
         for target in re.findall(r"\]\(([\w./-]+\.(?:ipynb|md))\)", path.read_text("utf-8")):
