@@ -376,7 +376,9 @@ def with_lora(model, rank: int):
     except ImportError:
         from dpo_mini.checkpoints import TrainingError
 
-        raise TrainingError("--lora needs peft: pip install 'dpo-mini[lora]'.") from None
+        raise TrainingError(
+            "--lora needs peft: pip install '.[lora]' in the project's folder."
+        ) from None
     adapters = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )

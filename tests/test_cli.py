@@ -328,7 +328,7 @@ def test_every_verb_has_help(verb, capsys):
 
 
 def test_lora_from_the_command_line(tiny_folder, pairs, tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", exc_type=ModuleNotFoundError)
     assert (
         train("--model", tiny_folder, "--pairs", pairs, "--output", tmp_path / "o", "--lora", "2")
         == 0

@@ -475,7 +475,7 @@ def test_senseless_settings_are_refused():
 
 
 def test_lora_trains_adapters_alone_and_the_base_is_the_reference():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", exc_type=ModuleNotFoundError)
     model = fresh()
     base = weights(model).clone()
     adapted = peft.get_peft_model(
