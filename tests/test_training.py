@@ -513,6 +513,7 @@ if os.environ.get("RANK", "0") == "0":
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")  # launches use one port
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
