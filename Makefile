@@ -16,7 +16,7 @@ GPU ?= $(shell nvidia-smi -L 2> /dev/null)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements.lock)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 WITHOUT_CUDA := $(if $(GPU)$(WHEELHOUSE),,$(filter Linux,$(shell uname -s)))
-# $(call cpu_torch,pip command,version): it is one try of at most 15 seconds, and failing is no error
+# $(call cpu_torch,pip command,version): one try of at most 15 seconds; failing is no error.
 cpu_torch = $(if $(WITHOUT_CUDA),$(1) $(QUIET) --no-deps --retries 0 --timeout 15 \
     --index-url $(CPU_INDEX) $(2) 2> /dev/null || \
     echo "No CPU build of torch from $(CPU_INDEX): the package index has a larger one.",:)
@@ -25,7 +25,8 @@ cpu_torch = $(if $(WITHOUT_CUDA),$(1) $(QUIET) --no-deps --retries 0 --timeout 1
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS)
 TESTS := --dist loadgroup
-NBVAL := -p no:cacheprovider --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1500
+NBVAL := -p no:cacheprovider --dist loadfile --nbval-lax --nbval-current-env \
+    --nbval-cell-timeout=1500
 
 # Freed memory stays with the process: where tensors are large, Linux otherwise takes it back and
 # clears it again for each of them. Elsewhere these do nothing.
