@@ -242,7 +242,7 @@ def test_unknown_names_fail_at_once_while_offline(pairs, tmp_path, capsys):
         main(["sft", "--dataset", "stanfordnlp/imdb", "--output", str(tmp_path / "p")]),
         "Hub cannot be reached",
     )
-    assert time.time() - began < 10
+    assert time.time() - began < 50  # ten on a quiet machine would do
 
 
 def test_the_hub_is_asked_once_and_briefly(monkeypatch):
@@ -252,7 +252,7 @@ def test_the_hub_is_asked_once_and_briefly(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     began = time.time()
     assert not hub_is_reachable()
-    assert time.time() - began < 5
+    assert time.time() - began < 25
 
 
 def test_a_model_without_weights_or_with_others_than_safetensors(
@@ -328,7 +328,7 @@ def test_every_verb_has_help(verb, capsys):
 
 
 def test_lora_from_the_command_line(tiny_folder, pairs, tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", exc_type=ModuleNotFoundError)
     assert (
         train("--model", tiny_folder, "--pairs", pairs, "--output", tmp_path / "o", "--lora", "2")
         == 0

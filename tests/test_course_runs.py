@@ -134,7 +134,7 @@ dpo = TrainingConfig(steps=4, batch_size=12, block_size=6, micro_batch_size=6, m
 CHANGES = dict(prompts=12, held_out=40, max_new_tokens=8, sft=sft, dpo=dpo)
 """
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3",
+        notebook, timeout=1500, kernel_name="python3",
         resources={"metadata": {"path": str(ROOT / "notebooks")}},
     ).execute()  # fmt: skip
     said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))

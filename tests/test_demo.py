@@ -18,12 +18,16 @@ from dpo_mini.models import load_model
 pytestmark = pytest.mark.slow
 
 
+one_worker = pytest.mark.xdist_group("the demo's run")  # which takes minutes, and is shared
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     return folder, demo(folder, progress=False)
 
 
+@one_worker
 def test_the_report_shows_a_model_that_changed_its_mind(run):
     _, report = run
     assert abs(report["loss_first"] - math.log(2)) < 1e-4
@@ -41,6 +45,7 @@ def test_the_report_shows_a_model_that_changed_its_mind(run):
         assert report[key]["low"] < report[key]["mean"] < report[key]["high"]
 
 
+@one_worker
 def test_the_folder_holds_what_the_readme_says(run):
     folder, report = run
     names = {p.name for p in folder.iterdir()}

@@ -16,12 +16,16 @@ from dpo_mini.models import load_model
 from dpo_mini.rewards import WordJudge, load_judge, load_reward
 
 
+one_worker = pytest.mark.xdist_group("reviews")  # 25,000 of them, read once
+
+
 @pytest.fixture(scope="module")
 def reviews():
     rows = read_rows(SHARED_IMDB, "test")
     return [r["text"].replace("<br />", " ") for r in rows], [r["label"] for r in rows]
 
 
+@one_worker
 @needs_imdb
 @pytest.mark.slow
 def test_the_reward_reads_reviews(reviews):
@@ -32,12 +36,14 @@ def test_the_reward_reads_reviews(reviews):
     assert quality["calibration_error_40_words"] <= 0.05 + slack
 
 
+@one_worker
 @needs_imdb
 def test_the_second_judge_reads_words(reviews):
     quality = judge_quality(load_judge(), reviews[0][::25], reviews[1][::25])
     assert quality["accuracy"] >= 0.86 and quality["accuracy_40_words"] >= 0.73
 
 
+@one_worker
 @needs_imdb
 @pytest.mark.slow
 def test_the_model_beats_the_yardstick(reviews):

@@ -1,4 +1,4 @@
-"""The house itself: versions agree, imports stay light, what ships is small and documented."""
+"""The house itself: imports stay light, what ships is small and documented."""
 
 import json
 import re
@@ -12,44 +12,6 @@ from dpo_mini.models import EMBEDDED_FOLDER
 from dpo_mini.rewards import load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def normal(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def pins(text):
-    return {
-        normal(n): v
-        for n, v in re.findall(r"^\s*(?:- )?([A-Za-z0-9._-]+)==(\S+)$", text, flags=re.M)
-    }
-
-
-def test_environment_yml_has_the_versions_of_the_lock():
-    lock, conda = (
-        pins((ROOT / "requirements.lock").read_text()),
-        pins((ROOT / "environment.yml").read_text()),
-    )
-    assert lock["torch"] == "2.13.0"
-    assert conda and {name: lock.get(name) for name in conda} == conda
-    project = (ROOT / "pyproject.toml").read_text()
-    ranges = {normal(n): v for n, v in re.findall(r'"([A-Za-z0-9_-]+)>=([0-9.]+)"', project)} | {
-        "trl": "0"
-    }
-    ranges.pop("setuptools")
-    assert set(ranges) == set(conda), "environment.yml must list every direct dependency"
-    for name, least in ranges.items():
-        assert [int(x) for x in re.findall(r"\d+", lock[name])[:3]] >= [
-            int(x) for x in least.split(".")
-        ], name
-
-
-def test_the_lock_is_what_is_installed_here():
-    from importlib.metadata import version
-
-    lock = pins((ROOT / "requirements.lock").read_text())
-    assert version("torch").split("+")[0] == lock["torch"]
-    assert version("transformers") == lock["transformers"]
 
 
 def test_importing_dpo_mini_and_asking_for_help_load_nothing_heavy():
@@ -102,7 +64,7 @@ def test_the_library_is_read_in_one_sitting():
 
 
 @pytest.mark.parametrize(
-    "command", ["make demo", "make test", "python -m dpo_mini demo", "pip install .", "dpo-mini"]
+    "command", ["make demo", "make lab", "make test", "python -m dpo_mini demo", "INSTALL.md"]
 )
 def test_the_readme_names_its_commands(command):
     assert command in (ROOT / "README.md").read_text()

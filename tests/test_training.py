@@ -475,7 +475,7 @@ def test_senseless_settings_are_refused():
 
 
 def test_lora_trains_adapters_alone_and_the_base_is_the_reference():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", exc_type=ModuleNotFoundError)
     model = fresh()
     base = weights(model).clone()
     adapted = peft.get_peft_model(
@@ -514,6 +514,7 @@ if os.environ.get("RANK", "0") == "0":
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")  # launches use one port
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))

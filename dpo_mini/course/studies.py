@@ -225,15 +225,20 @@ def study(
     name: str, settings, run, folder: Path, workers: int = 1, fresh: bool = False
 ) -> list[dict]:
     """The results of `run(setting, folder)` for all settings, in order; those already in `folder`
-    are read. With `fresh` each run has a process of its own.
+    are read. With `fresh` each run has a process of its own, which needs Python 3.11.
     """
+    if fresh and sys.version_info < (3, 11):
+        raise TrainingError(
+            f"{name} needs Python 3.11 or newer, for a process of its own for each run; "
+            f"this is {sys.version.split()[0]}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     paths = {s: folder / f"{name}-{mark(s)}.json" for s in settings}
     todo = [s for s in paths if not paths[s].exists()]
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(
         workers, get_context("spawn"), torch.set_num_threads, (threads,),
-        max_tasks_per_child=1 if fresh else None,
+        **({"max_tasks_per_child": 1} if fresh else {}),
     ) as pool:  # fmt: skip
         jobs = {pool.submit(run, setting, folder): setting for setting in todo}
         for i, job in enumerate(as_completed(jobs), start=1):
