@@ -70,11 +70,10 @@ def demo(
     """
     check_demo(prompts, held_out, samples, max_new_tokens, beta)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     (policy, tokenizer), (reference, _) = load_model(), load_model()
     reward, judge = load_reward(), load_judge()
-    train_prompts, test_prompts = load_prompts("train")[:prompts], load_prompts("held_out")
-    test_prompts = test_prompts[:held_out]
+    train_prompts = load_prompts("train")[:prompts]
+    test_prompts = load_prompts("held_out")[:held_out]
 
     def kept_pairs(name: str, its_prompts: list[str], seed: int) -> list[PreferencePair]:
         path = output / f"{name}.jsonl"
@@ -101,11 +100,12 @@ def demo(
         progress=progress,
     )  # fmt: skip
     report |= accuracy_of(policy, reference, tokenizer, test_pairs, beta)
-    settings = {"beta": beta, "prompts": len(train_prompts), "samples": samples}
-    settings |= {"pairs": len(pairs), "max_new_tokens": max_new_tokens}
-    settings |= {**asdict(config), "torch": torch.__version__}
+    settings = {
+        "beta": beta, "prompts": len(train_prompts), "samples": samples, "pairs": len(pairs),
+        "max_new_tokens": max_new_tokens, **asdict(config), "torch": torch.__version__,
+    }  # fmt: skip
     losses = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"]}
-    report = {**losses, **report, "settings": settings}
+    report = losses | report | {"settings": settings}
     save_model(policy, tokenizer, output, model_card(EMBEDDED, "pairs.jsonl", settings, report))
     write_results(output, report, rows, log)
     return report

@@ -219,7 +219,11 @@ def test_the_kl_of_kto_is_that_of_completions_of_other_prompts(turned):
         return kto_loss(logps, beta=0.4)
 
     given = [(own[1], other[1]) for own, other in answers]
-    total, metrics = unpaired_objective(loss, 0.4).losses(policy, list(zip(items, given)))
+    objective, known = unpaired_objective(loss, 0.4), list(zip(items, given))
+    with torch.no_grad():
+        log_ratios = objective.of_whole_batch(policy, known)
+    read = objective.logps(policy, known, log_ratios)
+    total, metrics = objective.loss(read).sum(), objective.metrics(read)
     (logps,) = seen
     elsewhere = [other[0] - other[1] for _, other in answers]
     assert logps.log_ratios_elsewhere.tolist() == pytest.approx(elsewhere, abs=1e-9)
@@ -262,27 +266,25 @@ def test_means_of_micro_batch_means_would_be_another_loss():
     """
     items = [(p.prompt_ids, p.chosen_ids) for p in random_pairs(8)]
     model, objective = fresh(), sft_objective()
-    whole = objective.losses(model, items)[0] / sum(map(objective.terms, items))
-    parts = [
-        objective.losses(model, items[i : i + 2])[0] / sum(map(objective.terms, items[i : i + 2]))
-        for i in range(0, 8, 2)
-    ]
+
+    def mean(some):
+        return objective.loss(objective.logps(model, some)).sum() / sum(map(objective.terms, some))
+
+    whole, parts = mean(items), [mean(items[i : i + 2]) for i in range(0, 8, 2)]
     assert abs(whole.item() - (sum(parts) / 4).item()) > 1e-3
 
 
 def test_a_batch_is_a_function_of_its_step_and_an_epoch_sees_every_item_once():
-    four, eight = TrainingConfig(batch_size=4), TrainingConfig(batch_size=8)
-    epoch = [i for step in range(5) for i in batch_indices(20, step, four)]
+    epoch = [i for step in range(5) for i in batch_indices(20, step, 4, 1, 0)]
     assert sorted(epoch) == list(range(20))
-    assert batch_indices(20, 2, eight)[:4] == epoch[16:20]  # batches may span epochs
-    assert batch_indices(20, 3, four) != batch_indices(20, 3, TrainingConfig(batch_size=4, seed=1))
-    assert sorted(batch_indices(3, 0, TrainingConfig(batch_size=9))) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    blocks = TrainingConfig(batch_size=6, block_size=6)
-    assert {batch_indices(18, step, blocks)[0] for step in range(3)} == {0, 6, 12}
-    assert all(
-        (ids := batch_indices(18, s, blocks)) == list(range(ids[0], ids[0] + 6)) for s in (0, 1)
-    )
-    epoch = [i for step in range(3) for i in batch_indices(17, step, blocks)][:17]
+    assert batch_indices(20, 2, 8, 1, 0)[:4] == epoch[16:20]  # batches may span epochs
+    assert batch_indices(20, 3, 4, 1, 0) != batch_indices(20, 3, 4, 1, 1)
+    assert sorted(batch_indices(3, 0, 9, 1, 0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {batch_indices(18, step, 6, 6, 0)[0] for step in range(3)} == {0, 6, 12}
+    for step in (0, 1):
+        first, *_ = together = batch_indices(18, step, 6, 6, 0)
+        assert together == list(range(first, first + 6))
+    epoch = [i for step in range(3) for i in batch_indices(17, step, 6, 6, 0)][:17]
     assert sorted(epoch) == list(range(17))  # the last block may be short
 
 
@@ -324,7 +326,8 @@ def test_sft_lowers_the_loss_of_the_completion_only():
     )
     assert log[-1]["loss"] < 0.7 * log[1]["loss"]
     model = fresh()
-    loss = sft_objective().losses(model, [([0, 5, 6], [7, 0])])[0]
+    objective = sft_objective()
+    loss = objective.loss(objective.logps(model, [([0, 5, 6], [7, 0])])).sum()
     logits = model(torch.tensor([[0, 5, 6, 7]])).logits[0].log_softmax(-1)
     assert loss.item() == pytest.approx(-(logits[2, 7] + logits[3, 0]).item(), abs=1e-5)
 
@@ -494,42 +497,6 @@ def test_lora_trains_adapters_alone_and_the_base_is_the_reference():
         [p.detach().flatten() for n, p in adapted.named_parameters() if "lora" not in n]
     )
     assert torch.equal(base, kept)
-
-
-PROCESSES = """
-import os, sys, torch
-sys.path.insert(0, {tests!r})
-from conftest import make_gpt2, random_pairs
-from dpo_mini.settings import TrainingConfig
-from dpo_mini.training import train_preferences
-torch.manual_seed(0)
-model = make_gpt2().double()
-config = TrainingConfig(steps=5, batch_size=8, micro_batch_size=2, learning_rate=1e-3,
-                        warmup_steps=1)
-log = train_preferences(model, random_pairs(20), config, beta=0.5)
-if os.environ.get("RANK", "0") == "0":
-    torch.save(([p.detach() for p in model.parameters()], [r["loss"] for r in log[1:]],
-                [r["rewards/margins"] for r in log[1:]]), sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, env=environment)
-    launch = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2"
-    launch += " --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch = [*launch.split(), script, tmp_path / "two.pt"]
-    subprocess.run(launch, check=True, env=environment, capture_output=True)
-    (one, *one_log), (two, *two_log) = (
-        torch.load(tmp_path / "one.pt"),
-        torch.load(tmp_path / "two.pt"),
-    )
-    assert torch.allclose(torch.tensor(one_log), torch.tensor(two_log), atol=1e-6)
-    for a, b in zip(one, two):
-        assert torch.allclose(a, b, atol=1e-9)
 
 
 def test_a_checkpoint_holds_tensors_and_json_only(tmp_path):
