@@ -23,19 +23,21 @@ def online_dpo(
     offline. With one round it is offline DPO. Guo et al. 2024 (arXiv 2402.04792) take a fresh batch
     at every step, `rounds` = `config.steps`. The learning rate falls from round to round in place
     of from step to step. A round whose completions are all alike to the reward teaches nothing and
-    is passed over. Raises SettingsError, a ValueError, for numbers out of range: each round needs a
-    step and a prompt of its own.
+    is passed over, and so is one that no step is left for. Raises SettingsError, a ValueError, for
+    numbers out of range: each round needs a new prompt.
     """
     check_real("beta", beta, 0, "Try 0.1.", above=True)
-    most = min(config.steps, len(prompts))
-    advice = "Each needs a step and a new prompt: give more of them, or ask for fewer rounds."
-    check_whole("rounds", rounds, 1, most, advice)
+    advice = "Each needs a new prompt: give more prompts, or ask for fewer rounds."
+    check_whole("rounds", rounds, 1, len(prompts), advice)
     check_whole("samples", samples, 2, MOST_ITEMS, "Try 4: a pair needs two.")
     check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 40.")
     log: list[dict] = []
     objective = preference_objective(lambda logps: dpo_loss(logps, beta), beta)
     for k in range(rounds):
         new_prompts, done = prompts[k::rounds], k * config.steps // rounds  # steps before it
+        steps = (k + 1) * config.steps // rounds - done
+        if not steps:
+            continue
         pairs, _ = sampled_pairs(
             policy, tokenizer, new_prompts, reward, samples, max_new_tokens,
             seed=config.seed * 100_003 + k, progress=progress,
@@ -46,7 +48,7 @@ def online_dpo(
         items = list(zip(tokenized, reference_logps(reference, tokenized).tolist()))
         its_config = replace(
             config,
-            steps=(k + 1) * config.steps // rounds - done,
+            steps=steps,
             learning_rate=config.learning_rate * (1 - k / rounds),
             warmup_steps=config.warmup_steps if k == 0 else 0,
             schedule="constant" if rounds > 1 else config.schedule,

@@ -542,6 +542,40 @@ def test_the_log_says_what_was_sampled_and_calls_the_monitor(world, words):
     assert [row.get("score") for row in again] == [row.get("score") for row in log]
 
 
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_a_loss_that_is_no_number_stops_it_before_the_step(method, world, words):
+    config = dataclasses.replace(CONFIG, steps=3, batch_size=8, minibatch_size=8, samples=4)
+    before = [p.clone() for p in world.policy.parameters()]
+
+    def reward(completions):
+        return torch.full((len(completions),), math.nan)
+
+    value = (world.value,) if method == "ppo" else ()
+    with pytest.raises(TrainingError, match="step 1: the loss is nan.*ten times smaller"):
+        getattr(rlhf, method)(
+            world.policy, world.reference, *value, words, list(PROMPTS), reward, config
+        )
+    assert all(torch.equal(p, q) for p, q in zip(world.policy.parameters(), before))
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_models_in_train_mode_are_put_into_evaluation_mode(method, world, words):
+    config = dataclasses.replace(CONFIG, steps=2, batch_size=8, minibatch_size=8, samples=4)
+
+    def run(noisy):
+        policy, reference, value = (
+            copy.deepcopy(model) for model in (world.policy, world.reference, world.value)
+        )
+        for model in (policy, reference, value) if noisy else ():
+            for module in model.train().modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.5
+        models = (policy, reference, value) if method == "ppo" else (policy, reference)
+        return getattr(rlhf, method)(*models, words, list(PROMPTS), world.reward, config)
+
+    assert run(noisy=True) == run(noisy=False)
+
+
 def test_a_baseline_of_others_needs_others(world, words):
     for batch_size, samples in ((8, 1), (9, 4), (2, 4)):
         config = dataclasses.replace(CONFIG, steps=1, batch_size=batch_size, samples=samples)
