@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from dpo_mini import processes
-from dpo_mini.checkpoints import (
+from dpo_mini.checkpoints import (  # noqa: F401  callers know some of it as a part of training
     Run,
     TrainingError,
-    TrainingInterrupted,  # noqa: F401  callers know it as a part of training
-    saved_step,  # noqa: F401
+    TrainingInterrupted,
+    diverged,
+    saved_step,
     steps_of_run,
     stop_unless_finite,
 )
@@ -344,8 +345,6 @@ def check_loss_argument(name: str, value) -> None:
         raise TrainingError(f"{name} must be a number, 0 or more, got {value!r}. Try 1.")
 
 
-# --- before and after ---
-
 LARGEST_BLOCK = 8  # so that a batch of 32 has pairs of four prompts or more
 
 
@@ -363,35 +362,3 @@ def shared_prompt_block(pairs: Sequence) -> int:
     if length * runs.count(length) < 0.9 * len(pairs):
         return 1
     return max(size for size in range(1, LARGEST_BLOCK + 1) if length % size == 0)
-
-
-def diverged(log: Sequence[dict]) -> str | None:
-    """A sentence where the run's numbers stayed finite, but its training failed; None otherwise.
-
-    It failed if the mean of the last tenth of its steps
-    - has a loss above the first step's by more than 5, and by more than the first step's size, or
-    - gives the completions to be learnt a log-probability more than 50 nats below three times the
-      first step's (losses such as KTO's are bounded, and cannot tell).
-    Neither noise nor DPO's usual displacement of the chosen completions comes near: of the course's
-    179 stored runs it picks out one, whose learning rate was 25 times too high.
-    """
-    rows = [row for row in log if "loss" in row]
-    if len(rows) < 2:
-        return None
-    last = rows[-max(1, len(rows) // 10) :]
-
-    def ended(name):
-        return sum(row[name] for row in last) / len(last)
-
-    rate = max(row["learning_rate"] for row in rows)
-    advice = f"The rate was {rate:g}. Try one ten times smaller, or a longer warm-up."
-    first = rows[0]["loss"]
-    if ended("loss") > first + max(5, abs(first)):
-        return f"The run failed: its loss went from {first:.4g} to {ended('loss'):.4g}. {advice}"
-    for name in ("logps/chosen", "logps/completion"):
-        if name in rows[0] and ended(name) < 3 * rows[0][name] - 50:
-            return (
-                f"The run failed: the log-probability of the completions to be learnt went from "
-                f"{rows[0][name]:.4g} to {ended(name):.4g} nats. {advice}"
-            )
-    return None
