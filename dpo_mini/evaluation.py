@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini.data import DataError
+from dpo_mini.models import without_dropout
 from dpo_mini.sampling import Completion, sample_completions
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_whole
 from dpo_mini.tokens import Batch, collate
@@ -28,11 +29,6 @@ class Estimate(NamedTuple):
     mean: float
     low: float | None
     high: float | None
-
-    def __str__(self) -> str:
-        if self.low is None:
-            return f"{self.mean:.3f} (one prompt: no interval)"
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 Z = 1.96  # standard errors on either side of a mean that hold 95% of a normal distribution
@@ -114,7 +110,7 @@ def sequence_kl(
     """
     rows = [(c.prompt_ids, c.ids) for c in completions]
     longest = max((len(prompt) + len(ids) for prompt, ids in rows), default=1)
-    at_once = LOGITS_AT_ONCE // (longest * policy.config.vocab_size)
+    at_once = LOGITS_AT_ONCE // (longest * policy.config.get_text_config().vocab_size)
     size = min(batch_size, max(1, at_once))
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     return torch.cat([kl_of_rows(policy, reference, part) for part in parts])
@@ -225,6 +221,8 @@ def evaluate(
     check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
     if not prompts:
         raise DataError("there are no prompts to evaluate on.")
+    for model in (policy, reference):
+        without_dropout(model)
     samples = {
         name: sample_completions(
             model, tokenizer, prompts, n, max_new_tokens, seed=its_seed, progress=progress

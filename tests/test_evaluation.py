@@ -79,8 +79,8 @@ def test_the_win_rates_interval_covers_it_however_many_samples_a_prompt_has(samp
         wins, groups = wins_of_prompts(seed, 64, samples, share)
         return win_rate(wins, torch.full_like(wins, 0.5), groups if grouped else None)
 
-    assert 0.93 <= covered(rate, share, trials=1500) <= 0.97
-    alone = covered(lambda seed: rate(seed, grouped=False), share, trials=1500)
+    assert 0.93 <= covered(rate, share, trials=800) <= 0.97
+    alone = covered(lambda seed: rate(seed, grouped=False), share, trials=200)
     assert alone < {1: 0.98, 2: 0.92, 4: 0.83}[samples]  # what counting completions would claim
     if samples == 1:
         assert all(rate(seed) == rate(seed, grouped=False) for seed in range(20))
@@ -104,10 +104,10 @@ def test_a_win_rate_at_its_ends_counts_prompts_alone(prompts, samples):
 
 def test_one_prompt_has_no_interval_and_says_so():
     one = mean_interval(torch.tensor([1.0, 2.0]), [7, 7])
-    assert one == (1.5, None, None) and str(one) == "1.500 (one prompt: no interval)"
+    assert one == (1.5, None, None)
     assert mean_interval(torch.tensor([3.0])).low is None
     two = mean_interval(torch.tensor([1.0, 2.0]))
-    assert two.low < two.mean < two.high and str(two) == "1.500 (0.520 to 2.480)"
+    assert two == pytest.approx((1.5, 0.52, 2.48))
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3])
