@@ -569,6 +569,11 @@ def without_a_moment(tensors, metadata):
     tensors.pop(next(name for name in tensors if name.endswith("exp_avg_sq")))
 
 
+def without_a_state(tensors, metadata):
+    for name in [name for name in tensors if name.startswith("optimizer.3.")]:
+        tensors.pop(name)
+
+
 def without_a_row(tensors, metadata):
     metadata["log"] = json.dumps([row for row in json.loads(metadata["log"]) if row["step"] != 1])
 
@@ -591,7 +596,7 @@ def without_metadata(tensors, metadata):
 @pytest.mark.parametrize(
     "damage",
     [
-        without_a_weight, without_a_moment, without_a_row, of_another_shape,
+        without_a_weight, without_a_moment, without_a_state, without_a_row, of_another_shape,
         moment_of_another_shape, without_metadata, "cut", "empty", "text",
     ],
 )  # fmt: skip
@@ -785,13 +790,26 @@ def test_a_run_that_blew_up_is_told_from_a_healthy_one(loss):
     assert said.startswith("The run failed: ") and "The rate was 4. Try one ten times" in said
 
 
+def test_a_loss_far_above_the_first_is_a_failed_run_and_a_noisy_one_is_not():
+    def log(*losses):
+        rows = [{"step": i, "loss": x, "learning_rate": 0.1} for i, x in enumerate(losses, 1)]
+        return [{"step": 0}, *rows]
+
+    assert "went from 0.6931 to 1.424e+05" in diverged(log(0.6931, 0.7, 3.0, 142416.0))
+    assert diverged(log(3.5, *[9.5] * 9)) is not None  # SFT, to a uniform distribution
+    assert diverged(log(0.69, *[50.0] * 3, *[0.6] * 27)) is None  # it came back
+    assert diverged(log(25.0, *[42.0, 10.0] * 10)) is None  # IPO's noise
+    assert diverged(log(0.69, *[2.9] * 20)) is None  # DPO with a large beta
+    assert diverged(log(0.5, *[0.45] * 20)) is None and diverged(log(-0.1, -250.0)) is None
+
+
 def test_no_stored_run_of_the_course_is_called_failed_but_the_one_that_did():
     failed, looked_at = [], 0
     for path in sorted((Path(__file__).parents[1] / "notebooks" / "results").glob("*.json")):
         for run in studies.stored(path).get("runs", []):
             log = studies.rows(run["log"]) if isinstance(run.get("log"), dict) else []
             looked_at += any("loss" in row for row in log)
-            failed += [run["setting"]["name"]] if diverged(log) else []
+            failed += [run["setting"].get("name", path.stem)] if diverged(log) else []
     assert looked_at == 179 and failed == ["learning rate too high"]
     assert diverged([{"step": 0}]) is None
 
