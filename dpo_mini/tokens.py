@@ -90,7 +90,7 @@ def _chat_ids(tokenizer, messages: list[dict], options: dict | None = None, **mo
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program of its own and may raise anything
-        said = str(error) or type(error).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the chat template refuses these messages: {said}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # BOS is the template's affair
 
@@ -266,11 +266,11 @@ WARNINGS = {
 
 
 def _warn(said: dict[str, int], total: int) -> None:
+    if said["long"] == total > 0:
+        raise DataError(f"all {total} rows are longer than the model's context: none is left.")
     for kind, count in said.items():
         if count:
             warnings.warn(f"{count} of {total} rows {WARNINGS[kind]}.", stacklevel=3)
-    if said["long"] == total > 0:
-        raise DataError(f"all {total} rows are longer than the model's context: none is left.")
 
 
 def labelled_completions(
@@ -320,15 +320,15 @@ def text_items(
     """Texts as (prompt ids, completion ids) for SFT: after the first token, which nothing predicts
     (BOS where the tokenizer adds it), all tokens and EOS; cut to `max_length` tokens.
 
-    Raises DataError for a text without a token, and for a tokenizer without EOS.
+    Raises DataError for a blank text, and for a tokenizer without EOS.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no EOS: a model that never saw one would never stop.")
+    for i, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"text {i} is blank: there is nothing to learn from it.")
     rows = [with_one_eos(_text_ids(tokenizer, text), eos)[:max_length] for text in texts]
-    for i, ids in enumerate(rows, start=1):
-        if len(ids) < 2:
-            raise DataError(f"text {i} has no tokens to learn: leave it out.")
     return [(ids[:1], ids[1:]) for ids in rows]
 
 
