@@ -8,7 +8,6 @@ cannot be meant is refused here, in a sentence with file and line, and nothing i
 import gzip
 import json
 import math
-import os
 import re
 import warnings
 import zlib
@@ -381,17 +380,22 @@ def _parts(
     return prompt, answers
 
 
+def shared_length(a: Sequence, b: Sequence) -> int:
+    """How many items two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def _without_shared_text(chosen: str, rejected: str) -> tuple[str, list[str]]:
     """Two texts that hold the prompt too, as TRL 1.16 parts them: where they first differ, before a
     space; in a transcript after the last `Assistant:` that they share.
     """
-    shared, shortest = os.path.commonprefix([chosen, rejected]), min(len(chosen), len(rejected))
-    if ASSISTANT in shared:
-        end = shared.rindex(ASSISTANT) + len(ASSISTANT)
-    elif len(shared) == shortest:
-        end = max(0, shortest - 1)
+    end = shared_length(chosen, rejected)
+    if ASSISTANT in chosen[:end]:
+        end = chosen.rindex(ASSISTANT, 0, end) + len(ASSISTANT)
+    elif end == min(len(chosen), len(rejected)):
+        end = max(0, end - 1)
     else:
-        end = len(shared) - shared.endswith(" ")
+        end -= chosen[:end].endswith(" ")
     return chosen[:end], [chosen[end:], rejected[end:]]
 
 
@@ -401,8 +405,9 @@ def _without_prompt(
     """Messages whose answers may hold the prompt too: once in all that comes back."""
     shared = []
     if not isinstance(prompt, list):
-        # one message of each is left over as the answer, even where one goes on after the other
-        shared = os.path.commonprefix([answer[:-1] for answer in answers])
+        # The last message of each is its answer, even where one goes on after the other.
+        first, last = answers[0][:-1], answers[-1][:-1]
+        shared = first[: shared_length(first, last)]
     if isinstance(prompt, str):
         texts = [message["content"] for message in shared]
         if prompt.strip() not in [text.strip() for text in texts if text]:

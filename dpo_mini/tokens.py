@@ -8,7 +8,8 @@ that is an answer ends with exactly one EOS; a template closes an answer as it w
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -16,7 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mini.data import DataError, PreferencePair, Text, labelled_answers
+from dpo_mini.data import (
+    DataError,
+    LabelledAnswer,
+    PreferencePair,
+    Text,
+    labelled_answers,
+    shared_length,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def tokenize_prompt(tokenizer, prompt: Text) -> list[int]:
 
 
 def _text_ids(tokenizer, text: str) -> list[int]:
-    """The tokenizer's own ids of a text, BOS at most once, without an EOS that is not in the text."""
+    """The tokenizer's own ids of a text; BOS at most once, and no EOS that the text has not."""
     ids, bos, eos = tokenizer(text)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token
     if ids[:2] == [bos, bos]:  # written in the text, and added by the tokenizer
         ids = ids[1:]
@@ -123,14 +131,10 @@ def prompt_and_answers(
     else:
         alone = _chat_ids(tokenizer, prompt, options, add_generation_prompt=True)
         wholes = [_chat_ids(tokenizer, [*prompt, *answer], options) for answer in answers]
-    end = min(_shared_length(alone, whole) for whole in wholes)
+    end = min(shared_length(alone, whole) for whole in wholes)
     if not all(whole[end:] for whole in wholes):
         raise DataError("an answer is empty: the template gives it no token of its own.")
     return alone[:end] or _bos_alone(tokenizer), [ids[end:] for ids in wholes], end < len(alone)
-
-
-def _shared_length(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
@@ -166,23 +170,21 @@ def _decoded(tokenizer, ids: Sequence[int]) -> str:
     )
 
 
-def _sampled(pair: PreferencePair, tokenizer, mark: str, decode) -> TokenizedPair | None:
+def _sampled(pair: PreferencePair, tokenizer, mark, decode) -> TokenizedPair | None:
     """The pair's own ids; None where another tokenizer made them, or they are not its texts'."""
     ids = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    answers = ((pair.chosen, ids.chosen_ids), (pair.rejected, ids.rejected_ids))
-    if pair.tokenizer not in (None, mark):
-        return None
-    if max(map(max, (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids))) >= len(tokenizer):
+    highest = max(map(max, (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)))
+    if highest >= len(tokenizer) or (pair.tokenizer and pair.tokenizer != mark()):
         return None
     if decode(tuple(ids.prompt_ids)) != pair.prompt:
         if ids.prompt_ids != tokenize_prompt(tokenizer, pair.prompt):
             return None
-    for answer, of_answer in answers:
+    for answer, (prompt_ids, of_answer) in zip((pair.chosen, pair.rejected), ids.rows):
         text = answer if isinstance(answer, str) else answer[-1]["content"]
         if tokenizer.eos_token_id in of_answer[:-1]:
             return None
         if text != decode(tuple(of_answer)):
-            if text != completion_text(tokenizer, ids.prompt_ids, of_answer):
+            if text != completion_text(tokenizer, prompt_ids, of_answer):
                 return None
     return ids
 
@@ -194,36 +196,27 @@ def tokenize_pairs(
     pairs: Sequence[PreferencePair], tokenizer, max_length: int, drop_long: bool = False
 ) -> list[TokenizedPair]:
     """Token ids of pairs: those that were sampled where they are this tokenizer's and give back the
-    pair's text, otherwise the text's (`prompt_and_answers`). Warns of each kind with its count.
+    pair's text, otherwise the text's (`prompt_and_answers`).
 
     Raises DataError where chosen and rejected are the same tokens, and for a pair longer than
-    `max_length` tokens: cut, it would not be what was preferred. `drop_long` drops it, and warns.
+    `max_length` tokens: cut, it would not be what was preferred. `drop_long` drops it. Warns, with
+    the count, of pairs that were dropped, tokenised anew, or whose prompt lost its end.
     """
-    mark, decode = tokenizer_fingerprint(tokenizer), cache(lambda ids: _decoded(tokenizer, ids))
-    tokenized, said = [], dict.fromkeys(WARNINGS, 0)
-    for i, pair in enumerate(pairs, start=1):
-        where = pair.where or f"pair {i}"
-        try:
-            ids = pair.prompt_ids and _sampled(pair, tokenizer, mark, decode)
-            if not ids:
-                options = pair.chat_template_kwargs
-                prompt_ids, answers, cut = prompt_and_answers(
-                    tokenizer, pair.prompt, (pair.chosen, pair.rejected), options
-                )
-                ids = TokenizedPair(prompt_ids, *answers)
-                said["cut"] += cut
-                said["foreign"] += pair.prompt_ids is not None
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error.__cause__
+    mark = cache(lambda: tokenizer_fingerprint(tokenizer))  # only where a pair asks for it
+    decode = cache(lambda ids: _decoded(tokenizer, ids))  # a completion is in several pairs
+
+    def ids_of(pair: PreferencePair) -> tuple[TokenizedPair, list[str]]:
+        ids = _sampled(pair, tokenizer, mark, decode) if pair.prompt_ids else None
+        notes = [ANEW] if pair.prompt_ids and not ids else []
+        if ids is None:
+            texts, options = (pair.chosen, pair.rejected), pair.chat_template_kwargs
+            prompt_ids, answers, cut = prompt_and_answers(tokenizer, pair.prompt, texts, options)
+            ids, notes = TokenizedPair(prompt_ids, *answers), notes + [CUT] * cut
         if ids.chosen_ids == ids.rejected_ids:
-            raise DataError(f"{where}: chosen equals rejected, token for token. Drop the row.")
-        longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        if _is_long(where, longest, max_length, drop_long):
-            said["long"] += 1
-        else:
-            tokenized.append(ids)
-    _warn(said, len(pairs))
-    return tokenized
+            raise DataError("chosen equals rejected, token for token. Drop the row.")
+        return ids, notes
+
+    return _of_each(pairs, ids_of, max_length, drop_long)
 
 
 def tokenize_labelled(
@@ -232,45 +225,48 @@ def tokenize_labelled(
     """Rows with the columns `prompt`, `completion`, `label` (TRL's names; true is desirable),
     tokenised as in `tokenize_pairs`. Raises DataError for a missing column or another label.
     """
-    tokenized, said = [], dict.fromkeys(WARNINGS, 0)
-    for answer in labelled_answers(rows):
-        try:
-            prompt_ids, (ids,), cut = prompt_and_answers(
-                tokenizer, answer.prompt, [answer.completion], answer.chat_template_kwargs
-            )
-        except DataError as error:
-            raise DataError(f"{answer.where}: {error}") from error.__cause__
-        said["cut"] += cut
-        if _is_long(answer.where, len(prompt_ids) + len(ids), max_length, drop_long):
-            said["long"] += 1
-        else:
-            tokenized.append((prompt_ids, ids, answer.desirable))
-    _warn(said, len(rows))
-    return labelled_completions(tokenized, max_length)
 
-
-def _is_long(where: str, length: int, max_length: int, drop_long: bool) -> bool:
-    if length > max_length and not drop_long:
-        raise DataError(
-            f"{where} has {length} tokens, more than the model's context of {max_length}. Shorten "
-            "it, or drop such rows (drop_long): cut silently, it would not be what was preferred."
+    def ids_of(answer: LabelledAnswer) -> tuple[LabelledCompletion, list[str]]:
+        prompt_ids, (ids,), cut = prompt_and_answers(
+            tokenizer, answer.prompt, [answer.completion], answer.chat_template_kwargs
         )
-    return length > max_length
+        return LabelledCompletion(prompt_ids, ids, answer.desirable, []), [CUT] * cut
+
+    items = _of_each(labelled_answers(rows), ids_of, max_length, drop_long)
+    return labelled_completions(
+        [(item.prompt_ids, item.completion_ids, item.desirable) for item in items], max_length
+    )
 
 
-WARNINGS = {
-    "cut": "have a prompt whose last tokens change once the answer follows: the answer begins there",
-    "foreign": "have ids of another tokenizer or text: their text was tokenised anew",
-    "long": "were dropped: they are longer than the model's context",
-}
+CUT = "have a prompt whose last tokens change once the answer follows: the answer begins there"
+ANEW = "have ids of another tokenizer or text: their text was tokenised anew"
+LONG = "were dropped: they are longer than the model's context"
 
 
-def _warn(said: dict[str, int], total: int) -> None:
-    if said["long"] == total > 0:
-        raise DataError(f"all {total} rows are longer than the model's context: none is left.")
-    for kind, count in said.items():
-        if count:
-            warnings.warn(f"{count} of {total} rows {WARNINGS[kind]}.", stacklevel=3)
+def _of_each(items: Sequence, ids_of: Callable, max_length: int, drop_long: bool) -> list:
+    """`ids_of` each item, errors with the item's place, too long ones refused or dropped."""
+    kept, notes = [], Counter()
+    for i, item in enumerate(items, start=1):
+        where = item.where or f"pair {i}"
+        try:
+            ids, its_notes = ids_of(item)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error.__cause__
+        length = max(len(prompt) + len(completion) for prompt, completion in ids.rows)
+        if length <= max_length:
+            kept.append(ids)
+        elif not drop_long:
+            raise DataError(
+                f"{where} has {length} tokens, more than the model's context of {max_length}. "
+                "Shorten it, or drop such rows (drop_long): cut silently, it would not be what was "
+                "preferred."
+            )
+        notes.update(its_notes if length <= max_length else [LONG])
+    if items and not kept:
+        raise DataError(f"all {len(items)} rows are longer than the model's context: none is left.")
+    for note, count in notes.items():
+        warnings.warn(f"{count} of {len(items)} rows {note}.", stacklevel=3)
+    return kept
 
 
 def labelled_completions(

@@ -92,7 +92,8 @@ def test_a_folder_is_read_by_split(split):
 
 def test_a_split_that_is_not_there_names_those_that_are():
     refused(
-        lambda: read_rows(CASES / "splits_folder", "dev"), "no split 'dev'", "test, train, validation"
+        lambda: read_rows(CASES / "splits_folder", "dev"), "no split 'dev'",
+        "it has test, train, validation",
     )
     refused(lambda: read_rows(CASES / "hub_layout", "test"), "no split 'test'", "it has train")
 
@@ -205,9 +206,8 @@ def test_a_template_that_refuses_a_role_is_quoted(tokenizer):
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     pairs = pairs_of("conv_system.jsonl")
-    refused(
-        lambda: tokenize_pairs(pairs, chat, 64), "conv_system.jsonl, line 1", "System role not supported"
-    )
+    words = "conv_system.jsonl, line 1", "System role not supported"
+    refused(lambda: tokenize_pairs(pairs, chat, 64), *words)
     assert len(tokenize_pairs(pairs_of("conv.jsonl"), chat, 64)) == 8
     refused(lambda: tokenize_pairs(pairs, tokenizer, 64), "line 1", "no chat template")
 
@@ -237,7 +237,7 @@ def test_llama_factorys_rows():
 
 def test_several_answers_are_told_how_to_become_pairs():
     rows = read_rows(CASES / LIST)
-    sentence = refused(lambda: preference_pairs(rows), "line 1", "holds 2 answers", "Make a pair of each")
+    sentence = refused(lambda: preference_pairs(rows), "line 1", "holds 2 answers, expected one")
     made = eval(sentence.partition("each: ")[2], {"rows": rows})
     assert len(preference_pairs(made)) == 16
 
@@ -272,7 +272,8 @@ def test_a_value_of_another_kind_is_refused(name, words):
 def test_texts_that_are_null_or_missing():
     sentence = refused(lambda: read_texts(CASES / "texts_none.jsonl"), "line 6", "'text'", "null")
     assert "missing" not in sentence
-    refused(lambda: read_texts(CASES / "texts_missing.jsonl"), "line 6", "'text' is missing", "'body'")
+    words = "line 6", "'text' is missing", "'body'"
+    refused(lambda: read_texts(CASES / "texts_missing.jsonl"), *words)
 
 
 def test_repeated_pairs_are_counted():
@@ -310,7 +311,7 @@ def test_nothing_left_is_no_empty_list(tokenizer):
     refused(lambda: tokenize_pairs(pairs, tokenizer, 64), "line 1 has", "context of 64")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refused(lambda: tokenize_pairs(pairs, tokenizer, 64, drop_long=True), "all 12", "none is left")
+        refused(lambda: tokenize_pairs(pairs, tokenizer, 64, drop_long=True), "all 12", "none")
 
 
 # --- ids ---

@@ -113,7 +113,7 @@ def test_filters_read_conversations_too():
 
 
 def test_prefixes_never_cut_a_character(tokenizer):
-    texts = ["这部电影很好看，我喜欢它。", "とても面白い映画でした。", "👩‍👧 émigré film", "a plain text of words"]
+    texts = ["这部电影很好看，我喜欢它。", "とても面白い映画でした。", "👩‍👧 émigré film", "a plain text"]
     for n in (1, 2, 3):
         prompts = curation.prefixes(texts, tokenizer, 4, low=n, high=n)
         for prompt in prompts:
@@ -132,7 +132,8 @@ def test_prefixes_of_plain_text_are_its_first_tokens(tokenizer):
 
 def test_pairs_of_samples_say_whose_ids_they_are(tokenizer):
     samples = [[Completion("p", text, [0], [i]) for i, text in enumerate(("a", "b"), start=1)]]
-    ((pair,), _) = curation.pairs_from_samples(samples, torch.tensor([0.0, 1.0]), tokenizer=tokenizer)
+    rewards = torch.tensor([0.0, 1.0])
+    ((pair,), _) = curation.pairs_from_samples(samples, rewards, tokenizer=tokenizer)
     assert pair.tokenizer == tokenizer_fingerprint(tokenizer)
     assert curation.swapped(pair).tokenizer == pair.tokenizer
     chat = [[replace(c, prompt=[{"role": "user", "content": "p"}]) for c in samples[0]]]

@@ -50,7 +50,7 @@ def test_malformed_jsonl_is_told_with_its_line(tmp_path, content, words):
         ({"rejected": ""}, ["rejected is empty"]),
         ({"rejected": " was great."}, ["chosen equals rejected"]),
         ({"chosen": [{"role": "assistant", "content": "x"}]}, ["two texts or two lists"]),
-        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["line 2", "'prompt' must be text", "a number"]),
+        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["line 2", "'prompt' must be text"]),
     ],
 )
 def test_bad_rows_are_refused_with_their_line(tmp_path, change, words):

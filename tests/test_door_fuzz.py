@@ -18,6 +18,7 @@ from dpo_mini.tokens import tokenize_labelled, tokenize_pairs
 
 ROWS = int(os.environ.get("DPO_MINI_FUZZ", 10_000))
 CASES = Path(__file__).parent / "cases"
+BYTES = b"", b"\xff", b"\x00", b"\xef\xbb\xbf", b"\n", b"\r", b"\x1f\x8b", b"{", b"\xe2\x80"
 DEEP = "[" * 3000 + "]" * 3000
 
 
@@ -27,23 +28,23 @@ def message(role, content):
 
 VALUES = [
     None, True, False, 0, 1, -1, 3.5, 10**30, -(10**350), float("nan"), float("inf"),
-    "", " ", "\n", "\u2028", "\ud83d", "x\udc00y", "\x00", "<|endoftext|>", "True", "12", "a" * 2000,
-    [], {}, [[]], [{}], [None], [True], [0], [-1], [8191], [8192], [2**40], [1.0], ["a"], ["a", "b"],
-    message("assistant", "Pear"), [message("assistant", "Pear")], [message("user", "Pear")],
+    "", " ", "\n", "\u2028", "\ud83d", "x\udc00y", "\x00", "<|endoftext|>", "True", "12",
+    "a" * 2000, [], {}, [[]], [{}], [None], [True], [0], [-1], [8191], [8192], [2**40], [1.0],
+    ["a"], ["a", "b"], message("assistant", "Pear"), [message("assistant", "Pear")],
+    [message("user", "Pear")],
     [message("assistant", None)], [message("assistant", "")], [message("owl", "Pear")],
     [message("assistant", [{"type": "text", "text": "Pear"}])], [message(["assistant"], "Pear")],
     [message("user", "Name"), message("assistant", "Pear")], [{"from": "gpt", "value": "Pear"}],
     [{"from": ["gpt"], "value": "Pear"}], [{"from": "gpt"}], [{"role": "assistant"}],
     [{**message("assistant", None), "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}],
-    {"enable_thinking": False}, {"messages": 1}, {"tokenize": True}, {"chat_template": "{{ x.y.z }}"},
-    {"chat_template": 3}, {"return_dict": True}, {"continue_final_message": True}, "{{ oops",
+    {"enable_thinking": False}, {"messages": 1}, {"tokenize": True}, {"chat_template": 3},
+    {"chat_template": "{{ x.y.z }}"}, {"return_dict": True}, {"continue_final_message": True}, "{{ oops",
 ]  # fmt: skip
 NAMES = (
     "prompt chosen rejected completion label prompt_ids chosen_ids rejected_ids chosen_reward "
     "rejected_reward score_chosen tokenizer tools chat_template_kwargs instruction input history "
     "system conversations role content from value tool_calls _line _where extra \ud800"
 ).split()
-MAKERS = "table.parquet hub_layout splits_folder".split()
 
 
 def seeds() -> list[dict]:
@@ -56,9 +57,9 @@ def seeds() -> list[dict]:
 def places(value, path=()):
     """The paths to all values inside."""
     yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in inside if isinstance(value, dict | list) else ():
-        yield from places(part, (*path, key))
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(part, (*path, key))
 
 
 def damaged(row: dict, draw: random.Random) -> str:
@@ -84,9 +85,15 @@ def damaged(row: dict, draw: random.Random) -> str:
     if draw.random() < 0.25:
         i, j = sorted(draw.randrange(len(line)) for _ in range(2))
         line = draw.choice(
-            [line[:i] + line[j:], line[:j] + line[i:], line[:i] + draw.choice('{}[]",:\\0e9') + line[i:],
-             line[:i], line.replace('": ', f'": {DEEP}, "x": ', 1), line.replace('": ', '": ' + "9" * 5000, 1)]
-        )  # fmt: skip
+            [
+                line[:i] + line[j:],
+                line[:j] + line[i:],
+                line[:i],
+                line[:i] + draw.choice('{}[]",:\\0e9') + line[i:],
+                line.replace('": ', f'": {DEEP}, "x": ', 1),
+                line.replace('": ', '": ' + "9" * 5000, 1),
+            ]
+        )
     return line
 
 
@@ -101,14 +108,13 @@ def chat_tokenizer(tokenizer):
 
 
 def sound(ids, tokenizer) -> bool:
-    return all(
-        prompt and answer and all(type(i) is int and 0 <= i < len(tokenizer) for i in prompt + answer)
-        for prompt, answer in ids.rows
-    )
+    known = range(len(tokenizer))
+    rows = ids.rows
+    return all(p and c and all(type(i) is int and i in known for i in p + c) for p, c in rows)
 
 
 def through_the_door(path: Path, tokenizer) -> str:
-    """"read" or "refused"; anything else is raised."""
+    """Either "read" or "refused"; anything else is raised."""
     try:
         rows = read_rows(path)
         if any("completion" in row or "label" in row for row in rows):
@@ -157,10 +163,8 @@ def test_damaged_files_are_refused_in_a_sentence_or_read(tmp_path, tokenizer):
             source = draw.choice(files)
             data = bytearray(source.read_bytes())
             for _ in range(draw.choice((1, 2, 8))):
-                k = draw.randrange(len(data))
-                data[k : k + draw.choice((0, 1, 1, 40))] = draw.choice(
-                    (b"", b"\xff", b"\x00", b"\xef\xbb\xbf", b"\n", b"\r", b"\x1f\x8b", b"{", b"\xe2\x80")
-                )
+                k = draw.randrange(len(data) + 1)
+                data[k : k + draw.choice((0, 1, 1, 40))] = draw.choice(BYTES)
             if draw.random() < 0.1:
                 data = gzip.compress(bytes(data))[: draw.choice((None, -5, 9))]
             path = tmp_path / source.name

@@ -6,7 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_mini.data import DataError, PreferencePair, preference_pairs
@@ -93,7 +101,9 @@ def make_tokenizer(name: str):
             "gemma", ["<bos>", "<eos>", *turns], "<bos>", "<eos>", trls_template("gemma"), True
         ),
         "metaspace": lambda: made("metaspace", ["<s>", "</s>"], "<s>", "</s>", adds_bos=True),
-        "thinking": lambda: made("bytes", [*im, "<think>", "</think>"], None, im[1], trls_template("qwen3")),
+        "thinking": lambda: made(
+            "bytes", [*im, "<think>", "</think>"], None, im[1], trls_template("qwen3")
+        ),
         "r1": lambda: made(
             "bytes", [*deep, "<think>"], *deep, trls_template("deepseek_r1_distill"), adds_bos=True
         ),
@@ -147,7 +157,9 @@ FRUIT, PEAR, CAR = [user("Name a fruit.")], [says("Pear.")], [says("Car.")]
 CHAT = {
     "chat": {"prompt": FRUIT, "chosen": PEAR, "rejected": CAR},
     "system": {"prompt": [user("Be brief.", "system"), *FRUIT], "chosen": PEAR, "rejected": CAR},
-    "turns before": {"prompt": [*FRUIT, *PEAR, user("And?")], "chosen": [says("Fig.")], "rejected": CAR},
+    "turns before": {
+        "prompt": [*FRUIT, *PEAR, user("And?")], "chosen": [says("Fig.")], "rejected": CAR,
+    },
     "turns in the answer": {
         "prompt": FRUIT, "chosen": [*PEAR, user("And?"), says("Fig.")], "rejected": CAR,
     },
@@ -177,7 +189,7 @@ DIFFERENT = {
         for name in ("embedded", "llama", "zephyr", "gemma", "metaspace", "r1")
     },
     **{
-        (name, "transcript, one start"): "the answer is the whole turn: TRL begins where the texts part"
+        (name, "transcript, one start"): "the answer is the whole turn: TRL's begins inside it"
         for name in TOKENIZERS
     },
     **{
@@ -206,7 +218,8 @@ def trls_ids(row: dict, tokenizer, kto=False) -> list[tuple[list[int], ...]]:
     datasets.disable_progress_bars()
     trainer = trl.KTOTrainer if kto else trl.DPOTrainer
     me = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
-    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    whole = {"max_length": None, "truncation_mode": "keep_start"}
+    arguments = SimpleNamespace(dataset_num_proc=None, **whole)
     rows = datasets.Dataset.from_list([row])
     row = trainer._prepare_dataset(me, rows, tokenizer, arguments, "check")[0]
     names = ("prompt_ids", "completion_ids") if kto else ("prompt_ids", "chosen_ids", "rejected_ids")
