@@ -450,7 +450,9 @@ def _text_or_messages(value, name: str, where: str) -> Text:
         value = [value]
     if not isinstance(value, list):
         return _text(value, name, where, "text or a list of messages")
-    if value and all(isinstance(v, str | list) for v in value):
+    if not value:
+        raise DataError(f"{where}: {name!r} is an empty list, expected messages.")
+    if all(isinstance(v, str | list) for v in value):
         raise DataError(
             f"{where}: {name!r} holds {len(value)} answers, expected one. Make a pair of each: "
             f"[{{**row, {name!r}: answer}} for row in rows for answer in row[{name!r}]]"

@@ -122,8 +122,8 @@ def test_a_card_says_which_files_are_which_split(tmp_path):
     write_jsonl(tmp_path / "one.jsonl", [{"text": "one"}])
     write_jsonl(tmp_path / "two.jsonl", [{"text": "two"}])
     (tmp_path / "README.md").write_text(
-        "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n"
-        "  - split: train\n    path: two.jsonl\n  - split: test\n    path: one.jsonl\n---\n# Words\n"
+        "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: two.jsonl\n  - split: test\n    path: one.jsonl\n---\n# Words\n"
     )
     assert [row["text"] for row in read_rows(tmp_path)] == ["two"]
     assert [row["text"] for row in read_rows(tmp_path, "test")] == ["one"]

@@ -62,6 +62,109 @@ def test_bad_rows_are_refused_with_their_line(tmp_path, change, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+IDS = '"prompt_ids": [0, 1], "chosen_ids": [2], "rejected_ids": [3]'
+GOOD = '"prompt": "a", "chosen": " b", "rejected": " c"'
+
+
+@pytest.mark.parametrize(
+    "cells, words",
+    [
+        (f'{GOOD}, "chosen": " d"', "the key 'chosen' stands twice"),
+        (f'{GOOD}, "x": {{"y": 1, "y": 2}}', "the key 'y' stands twice"),
+        (f'{GOOD}, "x": {"[" * 5000}{"]" * 5000}', "nested too deeply"),
+        (f'{GOOD}, "x": {"9" * 5000}', "digits"),
+        (GOOD.replace(" b", "\\ud83d"), "'chosen' holds half of a surrogate pair"),
+        (f'{GOOD}, "chosen_reward": NaN', "'chosen_reward' must be a finite number, got NaN"),
+        (f'{GOOD}, "chosen_reward": true', "must be a finite number, got true or false"),
+        (f'{GOOD}, "chosen_reward": 1{"0" * 400}', "must be a finite number"),
+        (f'{GOOD}, {IDS.replace("[2]", "[true]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, {IDS.replace("[2]", "[2.0]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, {IDS.replace("[2]", "[-1]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, {IDS.replace("[2]", "[]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, "prompt_ids": [0], "chosen_ids": [1]', "'rejected_ids' must be a list"),
+        (f'{GOOD}, {IDS.replace("[2]", "[3]")}', "chosen equals rejected, id for id"),
+        (f'{GOOD}, {IDS}, "tokenizer": 3', "'tokenizer' must be text, got a number"),
+        (GOOD.replace('"a"', "[]"), "'prompt' is an empty list"),
+        (GOOD.replace('" b"', "null"), "'chosen' must be text or a list of messages, got null"),
+        (GOOD.replace('" b"', "[1]"), "'chosen' must hold messages, got a number"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, cells, words):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{{{GOOD}}}\n{{{cells}}}\n")
+    with pytest.raises(DataError, match=f"pairs.jsonl, line 2.*({words})"):
+        preference_pairs(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    "message, words",
+    [
+        ({"role": "assistant"}, "has no content|'content' must be text, got null"),
+        ({"role": "assistant", "content": None}, "'content' must be text, got null"),
+        ({"role": "assistant", "content": " "}, "chosen is blank"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "x"}]}, "'content' .* a list"),
+        ({"role": 3, "content": "x"}, "'role' must be text"),
+        ({"content": "x"}, "has no role"),
+        ({"role": "user", "content": "x"}, "an answer begins with the role 'user'"),
+    ],
+)
+def test_messages_that_cannot_be_meant_are_refused(message, words):
+    (turn,), answer = [{"role": "user", "content": "Hi"}], {"role": "assistant", "content": "y"}
+    row = {"prompt": [turn], "chosen": [message], "rejected": [answer]}
+    with pytest.raises(DataError, match=f"row 1: .*({words})"):
+        preference_pairs([row])
+
+
+def test_a_call_of_a_tool_needs_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "rejected": {**call, "content": "No."}}
+    (pair,) = preference_pairs([{**row, "chosen": call}])
+    assert pair.chosen == [call]
+
+
+def test_a_prompt_that_is_none_of_the_messages_is_refused():
+    user, a, b = ({"role": r, "content": r} for r in ("user", "assistant", "tool"))
+    row = {"chosen": [user, a], "rejected": [user, b]}
+    assert preference_pairs([{**row, "prompt": "user"}]) == preference_pairs([row])
+    with pytest.raises(DataError, match="'prompt' is none of the messages"):
+        preference_pairs([{**row, "prompt": "another"}])
+    (pair,) = preference_pairs([{"prompt": "another", "chosen": [a], "rejected": [b]}])
+    assert pair.prompt == [{"role": "user", "content": "another"}]
+
+
+def test_chosen_equal_to_rejected_but_for_eos_is_refused(tokenizer):
+    row = {**ROW, "rejected": ROW["chosen"] + "<|endoftext|>"}
+    with pytest.raises(DataError, match="row 1: chosen equals rejected, token for token"):
+        tokenize_pairs(preference_pairs([row]), tokenizer, 64)
+
+
+def test_csv_cells_are_the_texts_they_show(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfprompt,chosen,rejected,chosen_reward\r\n"
+        b'12,NA,"a ""b""\nc",1.5\r\n7,null,nan,2\r\n'
+    )
+    first, second = preference_pairs(read_rows(path))
+    assert (first.prompt, first.chosen, first.rejected) == ("12", "NA", 'a "b"\nc')
+    assert (second.chosen, second.rejected, second.chosen_reward) == ("null", "nan", 2.0)
+    path.write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    with pytest.raises(DataError, match="the column 'chosen' stands twice"):
+        read_rows(path)
+
+
+def test_another_prompts_completion_never_passes_the_context(tokenizer):
+    long, short = "This movie was" * 4, "It"
+    rows = [
+        {"prompt": long, "completion": " great.", "label": True},
+        {"prompt": short, "completion": " was dull" * 6, "label": False},
+    ]
+    length = len(tokenizer(long + " great.")["input_ids"]) + 1
+    for item in tokenize_labelled(rows, tokenizer, length):
+        assert all(answer and len(prompt + answer) <= length for prompt, answer in item.rows)
+    with pytest.raises(DataError, match="row 1 has"):
+        tokenize_labelled(rows, tokenizer, length - 1)
+
+
 def test_pairs_survive_a_round_trip(tmp_path):
     pair = PreferencePair(
         "This", " wäs\nfine", " was \u2028 not", [0, 5], [6, 0], [7, 8], 1.5, -0.25

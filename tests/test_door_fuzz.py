@@ -38,7 +38,8 @@ VALUES = [
     [{"from": ["gpt"], "value": "Pear"}], [{"from": "gpt"}], [{"role": "assistant"}],
     [{**message("assistant", None), "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}],
     {"enable_thinking": False}, {"messages": 1}, {"tokenize": True}, {"chat_template": 3},
-    {"chat_template": "{{ x.y.z }}"}, {"return_dict": True}, {"continue_final_message": True}, "{{ oops",
+    {"chat_template": "{{ x.y.z }}"}, {"return_dict": True}, {"continue_final_message": True},
+    "{{ oops",
 ]  # fmt: skip
 NAMES = (
     "prompt chosen rejected completion label prompt_ids chosen_ids rejected_ids chosen_reward "

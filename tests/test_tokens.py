@@ -208,8 +208,8 @@ def typed(row: dict, tokenizer) -> dict:
     return {k: put(v) if isinstance(v, str) else v for k, v in row.items()}
 
 
-def trls_ids(row: dict, tokenizer, kto=False) -> list[tuple[list[int], ...]]:
-    """What TRL's trainer makes of the row, as (prompt, chosen, rejected) or (prompt, completion)."""
+def trls_ids(row: dict, tokenizer, kto=False) -> tuple[list[int], ...]:
+    """What TRL's trainer makes of the row: (prompt, chosen, rejected), or (prompt, completion)."""
     trl = pytest.importorskip("trl", reason="needs the test extra: pip install '.[test]'")
     import datasets
     from accelerate import PartialState
@@ -222,8 +222,8 @@ def trls_ids(row: dict, tokenizer, kto=False) -> list[tuple[list[int], ...]]:
     arguments = SimpleNamespace(dataset_num_proc=None, **whole)
     rows = datasets.Dataset.from_list([row])
     row = trainer._prepare_dataset(me, rows, tokenizer, arguments, "check")[0]
-    names = ("prompt_ids", "completion_ids") if kto else ("prompt_ids", "chosen_ids", "rejected_ids")
-    return tuple(row[name] for name in names)
+    answers = ("completion_ids",) if kto else ("chosen_ids", "rejected_ids")
+    return tuple(row[name] for name in ("prompt_ids", *answers))
 
 
 def our_ids(row: dict, tokenizer) -> tuple[list[int], ...]:
