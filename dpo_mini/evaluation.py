@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_mini.data import as_text
 from dpo_mini.sampling import Completion, sample_completions
 from dpo_mini.tokens import collate
 
@@ -190,7 +191,7 @@ def held_out_accuracy(
     log_ratios = policy_logps - reference_logps
     margins = beta * (log_ratios[:, 0] - log_ratios[:, 1])
     names: dict[str, int] = {}
-    groups = [names.setdefault(p.prompt, len(names)) for p in pairs]
+    groups = [names.setdefault(as_text(p.prompt), len(names)) for p in pairs]
     report = {
         "preference_accuracy": preference_accuracy(margins, groups)._asdict(),
         "pairs": len(pairs),

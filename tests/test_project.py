@@ -98,7 +98,7 @@ def test_the_library_is_read_in_one_sitting():
     ]
     lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
     assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 400, lines
-    assert sum(lines.values()) < 2350, lines
+    assert sum(lines.values()) < 3000, lines
 
 
 @pytest.mark.parametrize(
