@@ -352,13 +352,13 @@ def _parts(
     row: dict, prompt: Text | None, names: Sequence[str], where: str, sampled=False
 ) -> tuple[Text, list[Text]]:
     """The prompt and the answers, all of them texts or all lists of messages."""
-    for name in names:
-        if name not in row:
-            wanted = " and ".join(map(repr, names))
-            raise DataError(
-                f"{where}: expected the columns 'prompt', {wanted}, but {name!r} is missing; "
-                f"it has {_names(row)}.{RANKING * ('ranks' in row or 'responses' in row)}"
-            )
+    missing = ", ".join(repr(name) for name in names if name not in row)
+    if missing:
+        wanted = " and ".join(map(repr, names))
+        raise DataError(
+            f"{where}: expected the columns 'prompt', {wanted}, but {missing} is missing; it has "
+            f"{_names(row)}.{RANKING if 'ranks' in row or 'responses' in row else ''}"
+        )
     answers = [_text_or_messages(row[name], name, where) for name in names]
     if len({type(answer) for answer in answers}) > 1:
         raise DataError(f"{where}: expected two texts or two lists of messages, got one of each.")
@@ -372,10 +372,12 @@ def _parts(
     else:
         prompt, answers = _without_prompt(prompt, answers, where)
     for name, answer in zip(names, answers):
+        if sampled and isinstance(answer, str):
+            continue  # a model may end at once, or write spaces
         if not answer:
             raise DataError(f"{where}: {name} is empty; a completion needs at least one token.")
-        last = {"content": answer} if isinstance(answer, str) else answer[-1]
-        if not (sampled or last["content"] is None or last["content"].strip()):
+        said = answer if isinstance(answer, str) else answer[-1]["content"]
+        if not (sampled or said is None or said.strip()):
             raise DataError(f"{where}: {name} is blank; a completion needs a word.")
     return prompt, answers
 
@@ -435,7 +437,11 @@ def _prompt(row: dict, where: str) -> Text | None:
     if "prompt" in row:
         return _text_or_messages(row["prompt"], "prompt", where)
     if "conversations" in row:
-        return _text_or_messages(row["conversations"], "conversations", where)
+        prompt = _text_or_messages(row["conversations"], "conversations", where)
+        if row.get("system") and isinstance(prompt, list):
+            system = {"role": "system", "content": _text(row["system"], "system", where)}
+            prompt = [system, *prompt]
+        return prompt
     if "instruction" not in row:
         return None
     for name in ("system", "history"):

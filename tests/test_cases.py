@@ -227,6 +227,8 @@ def test_llama_factorys_rows():
     row = {"conversations": turns, "chosen": answer, "rejected": {**answer, "value": "Car"}}
     (pair,) = preference_pairs([row])
     assert texts([pair]) == [([user("Name a fruit")], says("Pear"), says("Car"))]
+    (pair,) = preference_pairs([{**row, "system": "Be brief."}])
+    assert pair.prompt == [{"role": "system", "content": "Be brief."}, user("Name a fruit")]
     row = {"instruction": "Say it.", "input": "a", "chosen": " b", "rejected": " c"}
     assert texts(preference_pairs([row])) == [("Say it.\na", " b", " c")]
     refused(lambda: preference_pairs([{**row, "history": [["a", "b"]]}]), "'history'", "messages")

@@ -216,6 +216,19 @@ def test_sampled_ids_are_kept_where_the_text_would_be_tokenised_otherwise(tokeni
     assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([0, 956], [*a, *b], [66, 0])
 
 
+def test_a_sample_may_end_at_once(tmp_path, tokenizer):
+    pair = PreferencePair("This", "b", "", [0, 956], [66], [0])
+    write_jsonl(tmp_path / "p.jsonl", [pair])
+    pairs = preference_pairs(read_rows(tmp_path / "p.jsonl"))
+    assert pairs == [pair]
+    (ids,) = tokenize_pairs(pairs, tokenizer, 16)
+    assert ids == TokenizedPair([0, 956], [66], [0])
+    foreign = PreferencePair(**{**vars(pair), "tokenizer": "0badf00d"})
+    with pytest.warns(UserWarning, match="another tokenizer"):
+        (ids,) = tokenize_pairs([foreign], tokenizer, 16)
+    assert ids.rejected_ids == [0]
+
+
 def test_conversations_pass_through_the_chat_template(tokenizer):
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
