@@ -246,7 +246,7 @@ def test_several_answers_are_told_how_to_become_pairs():
 
 def test_a_ranking_is_told_how_to_become_pairs():
     rows = read_rows(CASES / "ranking.jsonl")
-    sentence = refused(lambda: preference_pairs(rows), "line 1", "'chosen' is missing", "ranking")
+    sentence = refused(lambda: preference_pairs(rows), "line 1", "'chosen', 'rejected' is missing")
     made = eval(sentence.partition("pairs: ")[2], {"rows": rows, "itertools": itertools})
     pairs = preference_pairs(made)
     assert len(pairs) == 8 * 3 and (pairs[0].chosen, pairs[0].rejected) == ANIMALS[0][1:]

@@ -349,6 +349,15 @@ def test_ids_that_do_not_give_back_the_text_are_not_used(tokenizer, change):
         assert tokenize_pairs([pair], tokenizer, 64) == tokenize_pairs([plain], tokenizer, 64)
 
 
+def test_an_id_beyond_the_vocabulary_is_not_used(tokenizer):
+    """Decoding passes over it, so that the text alone would not tell."""
+    pair = sampled(tokenizer)
+    beyond = PreferencePair(**{**vars(pair), "chosen_ids": [*pair.chosen_ids, len(tokenizer)]})
+    with pytest.warns(UserWarning, match="ids of another tokenizer or text"):
+        (ids,) = tokenize_pairs([beyond], tokenizer, 64)
+    assert ids.chosen_ids == [*pair.chosen_ids, 0]
+
+
 def test_a_fingerprint_names_the_tokens(tokenizer):
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["<new>"])
