@@ -349,12 +349,13 @@ def test_ids_that_do_not_give_back_the_text_are_not_used(tokenizer, change):
         assert tokenize_pairs([pair], tokenizer, 64) == tokenize_pairs([plain], tokenizer, 64)
 
 
-def test_an_id_beyond_the_vocabulary_is_not_used(tokenizer):
-    """Decoding passes over it, so that the text alone would not tell."""
+@pytest.mark.parametrize("more", [[8192], [0, 0], [0, 8192, 0]])
+def test_an_id_beyond_the_vocabulary_or_a_second_eos_is_not_used(tokenizer, more):
+    """Decoding passes over both, so that the text alone would not tell."""
     pair = sampled(tokenizer)
-    beyond = PreferencePair(**{**vars(pair), "chosen_ids": [*pair.chosen_ids, len(tokenizer)]})
+    changed = PreferencePair(**{**vars(pair), "chosen_ids": [*pair.chosen_ids, *more]})
     with pytest.warns(UserWarning, match="ids of another tokenizer or text"):
-        (ids,) = tokenize_pairs([beyond], tokenizer, 64)
+        (ids,) = tokenize_pairs([changed], tokenizer, 64)
     assert ids.chosen_ids == [*pair.chosen_ids, 0]
 
 
