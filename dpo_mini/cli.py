@@ -217,7 +217,7 @@ def run_train(args) -> dict:
     if args.loss == "kto" and "completion" in rows[0]:
         pairs = tokenize_labelled(rows, tokenizer, length)
     else:
-        pairs = tokenize_pairs(preference_pairs(rows, tokenizer), tokenizer, length)
+        pairs = tokenize_pairs(preference_pairs(rows), tokenizer, length)
     config = training_config(args, model)
     model = with_lora(model, args.lora)
     log = train_preferences(
@@ -257,7 +257,7 @@ def run_evaluate(args) -> dict:
         args.max_new_tokens, args.seed, not args.json,
     )  # fmt: skip
     if args.pairs:
-        pairs = preference_pairs(read_rows(args.pairs), tokenizer)
+        pairs = preference_pairs(read_rows(args.pairs))
         tokenized = tokenize_pairs(pairs, tokenizer, context_length(policy))
         report |= held_out_accuracy(
             *(reference_logps(m, tokenized) for m in (policy, reference)), pairs, args.beta

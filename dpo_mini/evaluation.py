@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mini.data import DataError
+from dpo_mini.data import DataError, as_text
 from dpo_mini.models import without_dropout
 from dpo_mini.sampling import Completion, sample_completions
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_whole
@@ -280,7 +280,7 @@ def held_out_accuracy(
     log_ratios = policy_logps - reference_logps
     margins = beta * (log_ratios[:, 0] - log_ratios[:, 1])
     numbers: dict[str, int] = {}  # of prompts, which may be lists of messages
-    groups = [numbers.setdefault(str(p.prompt), len(numbers)) for p in pairs]
+    groups = [numbers.setdefault(as_text(p.prompt), len(numbers)) for p in pairs]
     report = {
         "preference_accuracy": preference_accuracy(margins, groups)._asdict(),
         "pairs": len(pairs),

@@ -31,8 +31,16 @@ def hub_is_reachable(timeout: float = 3.0) -> bool:
     return answered.is_set()
 
 
+def dataset_is_cached(name) -> bool:
+    """Whether `datasets` has prepared this data set of the Hub before."""
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / str(name).replace("/", "___")).is_dir()
+
+
 def local_or_hub(name, kind: str = "model") -> dict:
-    """Keyword arguments for `from_pretrained`: no network for a folder or a cached model.
+    """Keyword arguments for `from_pretrained`: no network for a folder or a cached model. A cached
+    data set needs none: `datasets` finds it by itself.
 
     Raises HubError at once where the name is no folder, not cached, and the Hub cannot be reached.
     """
@@ -48,7 +56,7 @@ def local_or_hub(name, kind: str = "model") -> dict:
             raise HubError(
                 f"{str(name)!r} is neither a folder nor a model's name on the Hub."
             ) from error
-    if not hub_is_reachable():
+    if not hub_is_reachable() and not (kind == "dataset" and dataset_is_cached(name)):
         raise HubError(
             f"{kind} {str(name)!r} is no local folder, is not in the cache, and the Hub cannot be "
             "reached. Give a folder's path, connect and try again, or use the embedded default."

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dpo_mini.tokens import collate, tokenize_prompt
+from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
 WORTH_DROPPING = (
     0.25  # rows that have ended are dropped when they are this share: it copies the rest
@@ -58,9 +58,7 @@ def sample_completions(
             model, [ids for _, ids in chunk], u, temperature, tokenizer.eos_token_id
         )
         for (prompt, prompt_ids), ids in zip(chunk, sampled):
-            text = tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            text = completion_text(tokenizer, prompt_ids, ids)
             completions.append(Completion(prompt, text, prompt_ids, ids))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 

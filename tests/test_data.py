@@ -1,9 +1,11 @@
 """The door: what is refused, with which words, and how text becomes tokens."""
 
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from dpo_mini.curation import pairs_from_samples
 from dpo_mini.data import DataError, PreferencePair, preference_pairs, read_rows, write_jsonl
@@ -47,8 +49,8 @@ def test_malformed_jsonl_is_told_with_its_line(tmp_path, content, words):
         ({"chosen": None}, ["'chosen' is missing", "line 2"]),
         ({"rejected": ""}, ["rejected is empty"]),
         ({"rejected": " was great."}, ["chosen equals rejected"]),
-        ({"chosen": [{"role": "assistant", "content": "x"}]}, ["three texts or three lists"]),
-        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["three texts"]),
+        ({"chosen": [{"role": "assistant", "content": "x"}]}, ["two texts or two lists"]),
+        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["line 2", "'prompt' must be text"]),
     ],
 )
 def test_bad_rows_are_refused_with_their_line(tmp_path, change, words):
@@ -58,6 +60,109 @@ def test_bad_rows_are_refused_with_their_line(tmp_path, change, words):
     with pytest.raises(DataError) as error:
         preference_pairs(read_rows(path))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+IDS = '"prompt_ids": [0, 1], "chosen_ids": [2], "rejected_ids": [3]'
+GOOD = '"prompt": "a", "chosen": " b", "rejected": " c"'
+
+
+@pytest.mark.parametrize(
+    "cells, words",
+    [
+        (f'{GOOD}, "chosen": " d"', "the key 'chosen' stands twice"),
+        (f'{GOOD}, "x": {{"y": 1, "y": 2}}', "the key 'y' stands twice"),
+        (f'{GOOD}, "x": {"[" * 5000}{"]" * 5000}', "nested too deeply"),
+        (f'{GOOD}, "x": {"9" * 5000}', "digits"),
+        (GOOD.replace(" b", "\\ud83d"), "'chosen' holds half of a surrogate pair"),
+        (f'{GOOD}, "chosen_reward": NaN', "'chosen_reward' must be a finite number, got NaN"),
+        (f'{GOOD}, "chosen_reward": true', "must be a finite number, got true or false"),
+        (f'{GOOD}, "chosen_reward": 1{"0" * 400}', "must be a finite number"),
+        (f'{GOOD}, {IDS.replace("[2]", "[true]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, {IDS.replace("[2]", "[2.0]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, {IDS.replace("[2]", "[-1]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, {IDS.replace("[2]", "[]")}', "'chosen_ids' must be a list of token ids"),
+        (f'{GOOD}, "prompt_ids": [0], "chosen_ids": [1]', "'rejected_ids' must be a list"),
+        (f'{GOOD}, {IDS.replace("[2]", "[3]")}', "chosen equals rejected, id for id"),
+        (f'{GOOD}, {IDS}, "tokenizer": 3', "'tokenizer' must be text, got a number"),
+        (GOOD.replace('"a"', "[]"), "'prompt' is an empty list"),
+        (GOOD.replace('" b"', "null"), "'chosen' must be text or a list of messages, got null"),
+        (GOOD.replace('" b"', "[1]"), "'chosen' must hold messages, got a number"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, cells, words):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{{{GOOD}}}\n{{{cells}}}\n")
+    with pytest.raises(DataError, match=f"pairs.jsonl, line 2.*({words})"):
+        preference_pairs(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    "message, words",
+    [
+        ({"role": "assistant"}, "has no content|'content' must be text, got null"),
+        ({"role": "assistant", "content": None}, "'content' must be text, got null"),
+        ({"role": "assistant", "content": " "}, "chosen is blank"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "x"}]}, "'content' .* a list"),
+        ({"role": 3, "content": "x"}, "'role' must be text"),
+        ({"content": "x"}, "has no role"),
+        ({"role": "user", "content": "x"}, "an answer begins with the role 'user'"),
+    ],
+)
+def test_messages_that_cannot_be_meant_are_refused(message, words):
+    (turn,), answer = [{"role": "user", "content": "Hi"}], {"role": "assistant", "content": "y"}
+    row = {"prompt": [turn], "chosen": [message], "rejected": [answer]}
+    with pytest.raises(DataError, match=f"row 1: .*({words})"):
+        preference_pairs([row])
+
+
+def test_a_call_of_a_tool_needs_no_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "rejected": {**call, "content": "No."}}
+    (pair,) = preference_pairs([{**row, "chosen": call}])
+    assert pair.chosen == [call]
+
+
+def test_a_prompt_that_is_none_of_the_messages_is_refused():
+    user, a, b = ({"role": r, "content": r} for r in ("user", "assistant", "tool"))
+    row = {"chosen": [user, a], "rejected": [user, b]}
+    assert preference_pairs([{**row, "prompt": "user"}]) == preference_pairs([row])
+    with pytest.raises(DataError, match="'prompt' is none of the messages"):
+        preference_pairs([{**row, "prompt": "another"}])
+    (pair,) = preference_pairs([{"prompt": "another", "chosen": [a], "rejected": [b]}])
+    assert pair.prompt == [{"role": "user", "content": "another"}]
+
+
+def test_chosen_equal_to_rejected_but_for_eos_is_refused(tokenizer):
+    row = {**ROW, "rejected": ROW["chosen"] + "<|endoftext|>"}
+    with pytest.raises(DataError, match="row 1: chosen equals rejected, token for token"):
+        tokenize_pairs(preference_pairs([row]), tokenizer, 64)
+
+
+def test_csv_cells_are_the_texts_they_show(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfprompt,chosen,rejected,chosen_reward\r\n"
+        b'12,NA,"a ""b""\nc",1.5\r\n7,null,nan,2\r\n'
+    )
+    first, second = preference_pairs(read_rows(path))
+    assert (first.prompt, first.chosen, first.rejected) == ("12", "NA", 'a "b"\nc')
+    assert (second.chosen, second.rejected, second.chosen_reward) == ("null", "nan", 2.0)
+    path.write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    with pytest.raises(DataError, match="the column 'chosen' stands twice"):
+        read_rows(path)
+
+
+def test_another_prompts_completion_never_passes_the_context(tokenizer):
+    long, short = "This movie was" * 4, "It"
+    rows = [
+        {"prompt": long, "completion": " great.", "label": True},
+        {"prompt": short, "completion": " was dull" * 6, "label": False},
+    ]
+    length = len(tokenizer(long + " great.")["input_ids"]) + 1
+    for item in tokenize_labelled(rows, tokenizer, length):
+        assert all(answer and len(prompt + answer) <= length for prompt, answer in item.rows)
+    with pytest.raises(DataError, match="row 1 has"):
+        tokenize_labelled(rows, tokenizer, length - 1)
 
 
 def test_pairs_survive_a_round_trip(tmp_path):
@@ -70,12 +175,9 @@ def test_pairs_survive_a_round_trip(tmp_path):
 
 def test_text_pairs_begin_with_bos_and_end_with_one_eos(tokenizer):
     (ids,) = tokenize_pairs(preference_pairs([ROW]), tokenizer, 64)
-    assert ids.prompt_ids == [0, *tokenizer("This movie")["input_ids"]]
-    assert ids.prompt_ids + ids.chosen_ids == [
-        0,
-        *tokenizer("This movie was great.")["input_ids"],
-        0,
-    ]
+    assert ids.prompt_ids == tokenizer("This movie")["input_ids"]
+    assert ids.prompt_ids[0] == 0 and 0 not in ids.prompt_ids[1:]
+    assert ids.prompt_ids + ids.chosen_ids == [*tokenizer("This movie was great.")["input_ids"], 0]
     twice = {**ROW, "chosen": " was great.<|endoftext|>", "prompt": "<|endoftext|>This movie"}
     (again,) = tokenize_pairs(preference_pairs([twice]), tokenizer, 64)
     assert again == ids
@@ -83,21 +185,22 @@ def test_text_pairs_begin_with_bos_and_end_with_one_eos(tokenizer):
 
 def test_an_empty_prompt_is_bos_alone(tokenizer):
     assert tokenize_prompt(tokenizer, "") == [0]
-    import copy
-
     without_bos = copy.deepcopy(tokenizer)
+    without_bos.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
+    assert tokenize_prompt(without_bos, "") == [0]
     without_bos.bos_token = None
     with pytest.raises(DataError, match="no BOS"):
         tokenize_prompt(without_bos, "")
-    assert tokenize_prompt(without_bos, "This") == tokenizer("This")["input_ids"]
+    assert tokenize_prompt(without_bos, "This") == without_bos("This")["input_ids"] == [956]
 
 
-def test_a_merge_across_the_boundary_is_counted_and_keeps_the_prompt(tokenizer):
+def test_a_merge_across_the_boundary_is_counted_and_loses_no_character(tokenizer):
     row = {"prompt": "This mov", "chosen": "ie was fine", "rejected": "es"}
-    with pytest.warns(UserWarning, match="tokenised apart"):
+    with pytest.warns(UserWarning, match="1 of 1 rows have a prompt whose last tokens change"):
         (ids,) = tokenize_pairs(preference_pairs([row]), tokenizer, 64)
-    assert ids.prompt_ids == [0, *tokenizer("This mov")["input_ids"]]
+    assert ids.prompt_ids == tokenizer("This")["input_ids"]
     assert tokenizer.decode(ids.prompt_ids[1:] + ids.chosen_ids[:-1]) == "This movie was fine"
+    assert tokenizer.decode(ids.prompt_ids[1:] + ids.rejected_ids[:-1]) == "This moves"
 
 
 def test_a_pair_longer_than_the_context_is_refused_not_cut(tokenizer):
@@ -105,15 +208,28 @@ def test_a_pair_longer_than_the_context_is_refused_not_cut(tokenizer):
         tokenize_pairs(preference_pairs([{**ROW, "chosen": " great" * 20}]), tokenizer, 8)
 
 
-def test_sampled_ids_are_kept_even_where_the_text_reads_otherwise(tokenizer):
-    pair = PreferencePair("This", "ab", "c", [0, 9], [65, 66], [70, 0])
+def test_sampled_ids_are_kept_where_the_text_would_be_tokenised_otherwise(tokenizer):
+    a, b = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("mov", "ie"))
+    pair = PreferencePair("This", "movie", "b", [0, 956], [*a, *b], [66, 0])
+    assert tokenizer("movie", add_special_tokens=False)["input_ids"] != [*a, *b]
     (ids,) = tokenize_pairs([pair], tokenizer, 16)
-    assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([0, 9], [65, 66], [70, 0])
+    assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([0, 956], [*a, *b], [66, 0])
+
+
+def test_a_sample_may_end_at_once(tmp_path, tokenizer):
+    pair = PreferencePair("This", "b", "", [0, 956], [66], [0])
+    write_jsonl(tmp_path / "p.jsonl", [pair])
+    pairs = preference_pairs(read_rows(tmp_path / "p.jsonl"))
+    assert pairs == [pair]
+    (ids,) = tokenize_pairs(pairs, tokenizer, 16)
+    assert ids == TokenizedPair([0, 956], [66], [0])
+    foreign = PreferencePair(**{**vars(pair), "tokenizer": "0badf00d"})
+    with pytest.warns(UserWarning, match="another tokenizer"):
+        (ids,) = tokenize_pairs([foreign], tokenizer, 16)
+    assert ids.rejected_ids == [0]
 
 
 def test_conversations_pass_through_the_chat_template(tokenizer):
-    import copy
-
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -124,14 +240,15 @@ def test_conversations_pass_through_the_chat_template(tokenizer):
         "chosen": [{"role": "assistant", "content": "Great."}],
         "rejected": [{"role": "assistant", "content": "Bad."}],
     }
-    (pair,) = preference_pairs([row], chat)
-    assert (
-        pair.prompt == "<user>Review it.\n<assistant>"
-        and pair.chosen == "Great.\n"
-        and pair.rejected == "Bad.\n"
-    )
-    with pytest.raises(DataError, match="no chat template"):
-        preference_pairs([row], tokenizer)
+    pairs = preference_pairs([row])
+    assert vars(pairs[0]).items() >= row.items()
+    (ids,) = tokenize_pairs(pairs, chat, 64)
+    assert tokenizer.decode(ids.prompt_ids) == "<user>Review it.\n<assistant>"
+    assert tokenizer.decode(ids.chosen_ids) == "Great.\n"
+    assert tokenizer.decode(ids.rejected_ids) == "Bad.\n"
+    with pytest.raises(DataError, match="row 1: messages, but the tokenizer has no chat template"):
+        tokenize_pairs(pairs, tokenizer, 64)
+    assert 0 not in ids.prompt_ids  # this template writes no BOS, so there is none
 
 
 LABELLED = [
@@ -147,17 +264,20 @@ def test_labelled_rows_are_tokenised_like_pairs(tokenizer):
     assert (first.desirable, second.desirable) == (True, False)
     assert first.other_ids == second.completion_ids and second.other_ids == first.completion_ids
     row = {"prompt": "This mov", "completion": "ie was fine", "label": True}
-    with pytest.warns(UserWarning, match="1 completions were tokenised apart"):
+    with pytest.warns(UserWarning, match="1 of 2 rows have a prompt whose last tokens change"):
         tokenize_labelled([row, LABELLED[1]], tokenizer, 64)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"completion": None}, ["line 2", "'prompt' and 'completion'"]),
-        ({"prompt": ["This"]}, ["line 2", "expected texts"]),
+        ({"completion": None}, ["line 2", "'completion' is missing"]),
+        ({"completion": "  "}, ["line 2", "completion is blank"]),
+        ({"completion": ""}, ["line 2", "completion is empty"]),
+        ({"prompt": 7}, ["line 2", "'prompt' must be text or a list of messages, got a number"]),
+        ({"prompt": None}, ["line 2", "'prompt' is missing"]),
         ({"label": "yes"}, ["line 2", "'label' must be true or false, got 'yes'"]),
-        ({"label": None}, ["line 2", "got None"]),
+        ({"label": None}, ["line 2", "'label' is missing"]),
         ({"label": 2}, ["line 2", "got 2"]),
         ({"completion": " great" * 30}, ["line 2 has", "more than the model's context of 16"]),
         ({"prompt": "This movie"}, ["all completions answer one prompt"]),
@@ -244,6 +364,6 @@ def test_bradley_terry_labels_err_as_often_as_the_reward_says():
     assert abs(right - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
 
 
-def test_an_unreadable_folder_is_told(tmp_path):
-    with pytest.raises(DataError, match="train\\*.parquet"):
+def test_a_folder_without_data_is_told(tmp_path):
+    with pytest.raises(DataError, match="no split 'train'; it has no file that can be read"):
         read_rows(tmp_path)
