@@ -1,12 +1,15 @@
 """Completions sampled from a model, kept as the token ids that were sampled."""
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dpo_mini.exactness import base, check_defined, difference, reason_against, say_once
 from dpo_mini.tokens import collate, tokenize_prompt
 
 WORTH_DROPPING = (
@@ -71,42 +74,154 @@ def continuations(
 ) -> list[list[int]]:
     """Each prompt continued through the first `end`, or by as many tokens as `u` has rows.
 
-    `u` [tokens, prompts] is uniform in [0, 1): u[t, i] decides prompt i's token t. Equal prompts
-    are read once, each token after them once, and what has ended no more.
+    `u` [tokens, prompts] is uniform in [0, 1): u[t, i] decides prompt i's token t. Puts the model
+    into evaluation mode. Samples as `generate` would of each prompt alone; where our own loop does
+    not (see `exactness.py`), `generate` itself does it, and a warning says so once.
+    """
+    model.eval()
+    if len(u) == 0:
+        return [[] for _ in prompts]
+    longest, shortest = max(prompts, key=len), min(prompts, key=len)
+    check_defined(model, [*longest, 0])
+    reason = reason_against(
+        model, "continue", (len(longest) + len(u),),
+        trial=lambda: continued_wrongly(model, [longest, shortest]),
+    )  # fmt: skip
+    if reason:
+        say_once(model, f"{reason}. Samples are drawn with `generate`, which is slower.")
+        return generated(model, prompts, u, temperature, end)
+    return continued(model, prompts, u, temperature, end)
+
+
+def continued(
+    model, prompts: Sequence[list[int]], u: Tensor, temperature: float, end: int | None
+) -> list[list[int]]:
+    """`continuations` by our own loop: equal prompts are read once, each token after them once, and
+    what has ended no more.
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
-    start = collate([(list(ids), []) for ids in different], padding_side="left")
-    inputs, mask = start.input_ids.to(model.device), start.attention_mask.to(model.device)
-    cache = DynamicCache(config=model.config)
-    room = inputs.shape[1] + len(u)
-    cache.layers = [Roomy(room) if type(c) is DynamicLayer else c for c in cache.layers]
-
-    def next_logits() -> Tensor:
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-        return model(
-            input_ids=inputs, attention_mask=mask, position_ids=position_ids,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-
+    reader = Reader(model, different, room=max(map(len, prompts)) + len(u))
+    logits = reader.read_prompts()
     places = {ids: i for i, ids in enumerate(different)}
-    rows = torch.tensor([places[tuple(ids)] for ids in prompts], device=mask.device)
-    logits, mask = next_logits()[rows], mask[rows]
-    cache.batch_select_indices(rows)
+    rows = [places[tuple(ids)] for ids in prompts]
+    logits = logits[rows]
+    reader.keep(rows)
     sampled, reading = [[] for _ in prompts], list(range(len(prompts)))
     for step, draws in enumerate(u, start=1):
-        inputs = draw(logits, draws[reading], temperature)
-        for i, token in zip(reading, inputs.flatten().tolist()):
+        tokens = draw(logits, draws[reading], temperature)
+        for i, token in zip(reading, tokens.flatten().tolist()):
             sampled[i].append(token)
         going_on = [k for k, i in enumerate(reading) if end not in sampled[i]]
         if not going_on or step == len(u):
             break
         if len(going_on) <= (1 - WORTH_DROPPING) * len(reading):
-            rows = torch.tensor(going_on, device=mask.device)
-            inputs, mask, reading = inputs[rows], mask[rows], [reading[k] for k in going_on]
-            cache.batch_select_indices(rows)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = next_logits()
+            tokens, reading = tokens[going_on], [reading[k] for k in going_on]
+            reader.keep(going_on)
+        logits = reader.read(tokens)
     return [through_first(ids, end) for ids in sampled]
+
+
+class Reader:
+    """Reads prompts, then a token at a time; earlier keys and values are stored, not read again.
+
+    `prompts`: token ids, padded on the left here. `room`: the most tokens that a row will have.
+    """
+
+    def __init__(self, model, prompts: Sequence[Sequence[int]], room: int):
+        start = collate([(list(ids), []) for ids in prompts], padding_side="left")
+        self.model, self.prompts = model, start.input_ids.to(model.device)
+        self.mask = start.attention_mask.to(model.device)
+        self.cache = DynamicCache(config=base(model).config)
+        layers = self.cache.layers
+        self.cache.layers = [Roomy(room) if type(c) is DynamicLayer else c for c in layers]
+
+    def read_prompts(self) -> Tensor:
+        """Logits of the token after each prompt, [prompts, vocabulary]."""
+        return self.next_logits(self.prompts)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """One more token of each row, [rows, 1]; logits of the token after it."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return self.next_logits(tokens)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone; one that is named twice becomes two."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.mask = self.mask[index]
+        self.cache.batch_select_indices(index)
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        # Padding must not shift a token's position.
+        position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        return self.model(
+            input_ids=tokens, attention_mask=self.mask, position_ids=position_ids,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+
+
+def continued_wrongly(model, prompts: Sequence[list[int]]) -> str:
+    """How a `Reader` of padded prompts differs from reading each row alone; "" where it does not.
+
+    Compares the logits after the prompts and after one more token.
+    """
+    reader = Reader(model, prompts, room=max(map(len, prompts)) + 1)
+    first = reader.read_prompts()
+    tokens = first.argmax(-1, keepdim=True)
+    second = reader.read(tokens)
+    alone = []
+    for ids, token in zip(prompts, tokens.tolist()):
+        row = torch.tensor([[*ids, *token]], device=model.device)
+        alone.append(model(input_ids=row).logits[0, -2:])
+    return difference(torch.stack([first, second], dim=1), torch.stack(alone))
+
+
+def generated(
+    model, prompts: Sequence[list[int]], u: Tensor, temperature: float, end: int | None
+) -> list[list[int]]:
+    """`continuations` by transformers' `generate`, which knows each model's own kind of state.
+
+    Prompts of one length are read together, without padding; each token is drawn by us.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, ids in enumerate(prompts):
+        groups.setdefault(len(ids), []).append(i)
+    if reason_against(model, "pad", (max(groups),) * 2, lambda: ""):
+        groups = {i: [i] for i in range(len(prompts))}
+    sampled: list[list[int]] = [[] for _ in prompts]
+    with bare_generation(base(model)) as bare:
+        for indices in groups.values():
+            ids = torch.tensor([prompts[i] for i in indices], device=model.device)
+            choice = DrawnToken(u[:, indices], ids.shape[1], temperature)
+            output = bare.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(u),
+                do_sample=False, eos_token_id=end, pad_token_id=end or 0, logits_processor=[choice],
+            )  # fmt: skip
+            for i, row in zip(indices, output[:, ids.shape[1] :].tolist()):
+                sampled[i] = through_first(row, end)
+    return sampled
+
+
+@contextmanager
+def bare_generation(model):
+    """The model without its generation settings (top-k, repetition penalty, forced tokens ...),
+    which would make `generate` sample from another distribution.
+    """
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = kept
+
+
+class DrawnToken(LogitsProcessor):
+    """Makes `generate` take the token that `draw` draws: all others become impossible."""
+
+    def __init__(self, u: Tensor, prompt_length: int, temperature: float):
+        self.u, self.prompt_length, self.temperature = u, prompt_length, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = draw(scores, self.u[input_ids.shape[1] - self.prompt_length], self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 class Roomy(DynamicLayer):
