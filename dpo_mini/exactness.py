@@ -1,6 +1,6 @@
 """Which shortcuts are exact for a model: decided here, for every other room.
 
-The definition of a log-probability reads each row alone, from its first token to its last. Four
+The definition of a log-probability reads each row alone, from its first token to its last. Five
 shortcuts give the same numbers faster, each only for some models and some lengths:
 
 | shortcut | what it does | where it is wrong |
@@ -8,7 +8,8 @@ shortcuts give the same numbers faster, each only for some models and some lengt
 | share | reads a prompt once for all its completions | windows, states, position biases |
 | split | takes the body's last hidden state, and the head only where needed | scaled, capped logits |
 | pad | reads rows of unequal length in one batch | positions that depend on the longest row |
-| continue | samples with stored keys and values, padded on the left | states, cut-off positions |
+| continue | samples with stored keys and values, padded on the left | states, own positions |
+| batch | samples several rows of one length with `generate` | RWKV |
 
 A wrong shortcut raises no error: it gives another number. So the configuration is asked first, and
 then a trial on the rows at hand, against the definition. Both must agree. The trial alone would not
@@ -35,7 +36,7 @@ COARSE_ROUNDING = 2e-2  # in bfloat16 and float16
 
 
 def reason_against(model, shortcut: str, size: tuple[int, ...], trial: Callable[[], str]) -> str:
-    """Why `shortcut` ("share", "split", "pad", "continue") may not be taken; "" where it is exact.
+    """Why `shortcut` (a name in the table) may not be taken; "" where it is exact.
 
     `size`: lengths in tokens, as the function of AGAINST for this shortcut takes them. `trial()`
     tries it on rows of this size: "" where it equals the definition, otherwise the difference.
@@ -99,9 +100,14 @@ def against_continuing(model, longest: int) -> str:
     return against_padding(model, longest, longest)
 
 
+def against_batching(model, longest: int) -> str:
+    """Rows of one length in one batch of `generate`: the rotary positions are the batch's."""
+    return against_padding(model, longest, longest)
+
+
 AGAINST = {
     "share": against_sharing, "split": against_splitting, "pad": against_padding,
-    "continue": against_continuing,
+    "continue": against_continuing, "batch": against_batching,
 }  # fmt: skip
 
 

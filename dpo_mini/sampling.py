@@ -180,25 +180,42 @@ def generated(
 ) -> list[list[int]]:
     """`continuations` by transformers' `generate`, which knows each model's own kind of state.
 
-    Prompts of one length are read together, without padding; each token is drawn by us.
+    Prompts of one length are read together, without padding, where that is exact.
     """
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(prompts):
         groups.setdefault(len(ids), []).append(i)
-    if reason_against(model, "pad", (max(groups),) * 2, lambda: ""):
+    longest = max(prompts, key=len)
+    size = (len(longest) + len(u),)
+    if reason_against(model, "batch", size, lambda: generated_wrongly(model, longest)):
         groups = {i: [i] for i in range(len(prompts))}
     sampled: list[list[int]] = [[] for _ in prompts]
-    with bare_generation(base(model)) as bare:
-        for indices in groups.values():
-            ids = torch.tensor([prompts[i] for i in indices], device=model.device)
-            choice = DrawnToken(u[:, indices], ids.shape[1], temperature)
-            output = bare.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(u),
-                do_sample=False, eos_token_id=end, pad_token_id=end or 0, logits_processor=[choice],
-            )  # fmt: skip
-            for i, row in zip(indices, output[:, ids.shape[1] :].tolist()):
-                sampled[i] = through_first(row, end)
+    for indices in groups.values():
+        batch = [prompts[i] for i in indices]
+        output = generate(model, batch, u[:, indices], temperature, end)
+        for i, row in zip(indices, output.sequences[:, len(batch[0]) :].tolist()):
+            sampled[i] = through_first(row, end)
     return sampled
+
+
+def generated_wrongly(model, prompt: list[int], tokens: int = 4) -> str:
+    """How two rows that are generated together differ from each alone, in their logits."""
+    rows, u = [prompt, prompt[::-1]], torch.zeros(tokens, 2)
+    together = torch.stack(generate(model, rows, u, output_logits=True).logits)
+    alone = [generate(model, [row], u[:, :1], output_logits=True).logits for row in rows]
+    return difference(together, torch.cat([torch.stack(logits) for logits in alone], dim=1))
+
+
+def generate(model, prompts, u, temperature=0.0, end=None, **options):
+    """What transformers' `generate` returns for prompts of one length, each token drawn by `u`."""
+    ids = torch.tensor(prompts, device=model.device)
+    choice = DrawnToken(u, ids.shape[1], temperature)
+    with bare_generation(base(model)) as bare:
+        return bare.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(u),
+            do_sample=False, eos_token_id=end, pad_token_id=end or 0, logits_processor=[choice],
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
 
 
 @contextmanager
