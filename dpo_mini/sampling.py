@@ -1,5 +1,6 @@
 """Completions sampled from a model, kept as the token ids that were sampled."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dpo_mini.data import DataError, Text
 from dpo_mini.exactness import base, check_defined, difference, reason_against, say_once
-from dpo_mini.tokens import collate, tokenize_prompt
+from dpo_mini.models import context_length
+from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_real, check_whole
+from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
-WORTH_DROPPING = (
-    0.25  # rows that have ended are dropped when they are this share: it copies the rest
-)
+# Rows that have ended are dropped once they are this share: dropping copies all other rows.
+WORTH_DROPPING = 0.25
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,25 @@ class Completion:
     limit.
     """
 
-    prompt: str
+    prompt: Text  # a text, or a conversation's messages
     text: str
     prompt_ids: list[int]
     ids: list[int]
 
     @property
     def full_text(self) -> str:
-        return self.prompt + self.text
+        """What a reward reads: prompt and completion in one piece where the prompt is a text.
+
+        Of a conversation it is the completion alone: a chat template's marks are no words, and a
+        reward would score the user's part of the talk with the model's.
+        """
+        return self.prompt + self.text if isinstance(self.prompt, str) else self.text
 
 
 def sample_completions(
     model,
     tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     n: int = 1,
     max_new_tokens: int = 48,
     temperature: float = 1.0,
@@ -46,13 +54,23 @@ def sample_completions(
 ) -> list[list[Completion]]:
     """`n` completions of each prompt, drawn from the model's own distribution (no top-k, no top-p).
 
-    Any truncation would sample from another policy than the one whose log-probabilities we use. At
-    temperature 0 each token is the likeliest one. The result depends on `seed` and `batch_size` and
-    leaves torch's global random state as it was.
+    A prompt is a text, or a conversation as a list of messages, to which the tokenizer's chat
+    template is applied. Any truncation would sample from another policy than the one whose
+    log-probabilities we use. At temperature 0 each token is the likeliest one. The result depends
+    on `seed` and `batch_size` and leaves torch's global random state as it was.
+
+    Raises SettingsError for a number out of range, DataError for a prompt that cannot be tokenised
+    or that leaves no room for `max_new_tokens` in the model's context.
     """
     from tqdm.auto import tqdm
 
-    rows = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts for _ in range(n)]
+    check_whole("n", n, 1, MOST_ITEMS, "It is the number of completions of each prompt.")
+    check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
+    check_whole("batch_size", batch_size, 1, MOST_ITEMS, "Try 256.")
+    check_real("temperature", temperature, 0, "1 is the model's own distribution, 0 is greedy.")
+    tokenized = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts]
+    check_room(model, tokenizer, [ids for _, ids in tokenized], max_new_tokens)
+    rows = [row for row in tokenized for _ in range(n)]
     generator, completions = torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(rows), batch_size), desc="sample", disable=not progress):
         chunk = rows[i : i + batch_size]
@@ -61,11 +79,22 @@ def sample_completions(
             model, [ids for _, ids in chunk], u, temperature, tokenizer.eos_token_id
         )
         for (prompt, prompt_ids), ids in zip(chunk, sampled):
-            text = tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            text = completion_text(tokenizer, prompt_ids, ids)
             completions.append(Completion(prompt, text, prompt_ids, ids))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raises DataError where a prompt and its new tokens exceed the context; warns without EOS."""
+    longest, context = max(map(len, prompts), default=0), context_length(model)
+    if longest + max_new_tokens > context:
+        raise DataError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context "
+            f"of {context}. Ask for fewer new tokens, or shorten the prompt."
+        )
+    if tokenizer.eos_token_id is None:
+        said = "the tokenizer has no EOS: every completion is cut at the length limit."
+        warnings.warn(said, stacklevel=3)
 
 
 @torch.no_grad()

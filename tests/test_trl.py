@@ -31,7 +31,7 @@ def rows():
     ]
     bad = [" was dull.", " is a waste of time and money.", " made me leave early.", " bored us"]
     return [
-        {"prompt": "<|endoftext|>" + o, "chosen": g, "rejected": b}
+        {"prompt": o, "chosen": g, "rejected": b}
         for i, o in enumerate(openings)
         for j, (g, b) in enumerate(zip(good, bad[i % 4 :] + bad[: i % 4]))
     ]

@@ -20,13 +20,15 @@ END = "<|endoftext|>"  # id 0; begins every review and ends it, as in GPT-2
 
 def train_tokenizer(texts, vocabulary=8192):
     """A byte-level BPE in GPT-2's manner; returns a `PreTrainedTokenizerFast` whose BOS and EOS are
-    id 0.
+    id 0, and which puts BOS before every text by itself.
     """
     from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=[END])
+    bpe._tokenizer.post_processor = TemplateProcessing(f"{END} $A", special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, unk_token=END
     )

@@ -25,7 +25,7 @@ def sample_prompts(
                 tokenizer.decode(ids[:length]),
                 tokenizer.decode(ids[length : length + 1]),
             )
-            same = tokenizer(text)["input_ids"] == ids[:length]
+            same = tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:length]
             if (
                 same
                 and following.startswith(" ")
