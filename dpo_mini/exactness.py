@@ -248,7 +248,7 @@ def reads_ahead(model, ids: list[int]) -> str:
     """READS_AHEAD where another last token changes the logits before it, otherwise ""."""
     other = [*ids[:-1], ids[-1] - 1 if ids[-1] else 1]
     one, two = (
-        model(input_ids=torch.tensor([row], device=model.device)).logits[:, :-1].float()
+        model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[:, :-1]
         for row in (ids, other)
     )
     rounding = COARSE_ROUNDING * one.abs().max()

@@ -14,7 +14,7 @@ def token_logps(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     the right for any causal model, on the left for one that takes `position_ids`. Returns float32
     [batch, length - 1] (float64 for a float64 model), in nats; entry t - 1 belongs to token t.
     """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if not attention_mask[:, 0].all():  # padding on the left must not shift a token
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(**inputs).logits[:, :-1]

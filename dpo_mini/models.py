@@ -91,6 +91,8 @@ def load_weights(folder, where: dict, auto_class):
         # transformers' own choice: a configuration can name a kernel's repository, whose code would
         # be fetched and run.
         config._attn_implementation = None
+        if hasattr(config, "rescale_every"):  # RWKV halves weights in place, for float16 alone
+            config.rescale_every = 0
         if Path(folder).is_dir():
             check_size(Path(folder), config, auto_class)
         model, loading = auto_class.from_pretrained(

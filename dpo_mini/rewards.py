@@ -184,6 +184,8 @@ def load_reward(name=EMBEDDED, positive: str | None = None):
     """
     if name != EMBEDDED:
         return ClassifierReward(name, positive)
+    if positive is not None:
+        raise HubError("the embedded reward has no labels: leave out 'positive'.")
     from safetensors.torch import load_file
 
     model, tokenizer = load_model()

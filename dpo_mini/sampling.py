@@ -209,7 +209,7 @@ def continued_wrongly(model, prompts: Sequence[list[int]]) -> str:
     alone = []
     for ids, token in zip(prompts, tokens.tolist()):
         row = torch.tensor([[*ids, *token]], device=model.device)
-        alone.append(model(input_ids=row).logits[0, -2:])
+        alone.append(model(input_ids=row, use_cache=False).logits[0, -2:])
     return difference(torch.stack([first, second], dim=1), torch.stack(alone))
 
 
