@@ -6,14 +6,15 @@ shortcuts give the same numbers faster, each only for some models and some lengt
 | shortcut | what it does | where it is wrong |
 |---|---|---|
 | share | reads a prompt once for all its completions | windows, states, position biases |
-| split | takes the body's last hidden state, and the head only where needed | scaled, capped logits |
+| split | applies the head only where a token is predicted | scaled or capped logits |
 | pad | reads rows of unequal length in one batch | positions that depend on the longest row |
 | continue | samples with stored keys and values, padded on the left | states, own positions |
 | batch | samples several rows of one length with `generate` | RWKV |
 
 A wrong shortcut raises no error: it gives another number. So the configuration is asked first, and
-then a trial on the rows at hand, against the definition. Both must agree. The trial alone would not
-do: a window is invisible in rows shorter than it, a cap while logits are small.
+then a trial is made on the rows at hand, against the definition. Both must agree. The configuration
+alone would not do, since no list of architectures is complete. Nor would the trial: what weights
+near zero hide before training, a state or a bias, shows after it.
 """
 
 import inspect

@@ -57,7 +57,9 @@ def check_ids(model, rows: Rows) -> None:
     known = base(model).get_input_embeddings().weight.shape[0]
     for prompt, completion in rows:
         if not prompt or not completion:
-            raise DataError("a prompt or a completion has no tokens: nothing to predict from or of.")
+            raise DataError(
+                "a prompt or a completion has no tokens: nothing to predict from or of."
+            )
         least, most = min(min(prompt), min(completion)), max(max(prompt), max(completion))
         if least < 0 or most >= known:
             raise DataError(
@@ -168,7 +170,9 @@ def by_prompt(rows: Rows, share: bool) -> list[list[int]]:
 
 
 def packed_length(rows: Rows, members: list[int]) -> int:
-    """Tokens to read: the prompt, and of each completion all but the last, which predicts nothing."""
+    """Tokens to read: the prompt and its completions, without the last token of each, which
+    predicts nothing.
+    """
     return len(rows[members[0]][0]) + sum(len(rows[i][1]) - 1 for i in members)
 
 
@@ -310,5 +314,3 @@ class ChosenLogps(torch.autograd.Function):
         logps, tokens = ctx.saved_tensors
         result = logps.exp_().mul_(-gradient[:, None])
         return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None
-
-

@@ -51,11 +51,13 @@ def load_model(name=EMBEDDED, auto_class=None):
 def check_folder(folder: Path) -> None:
     """Raises HubError for a folder that is no model, or whose files lead out of it."""
     if not (folder / "config.json").exists():
-        raise HubError(f"{folder} holds no model: expected config.json and model.safetensors in it.")
+        raise HubError(
+            f"{folder} holds no model: expected config.json and model.safetensors in it."
+        )
     if not list(folder.glob("*.safetensors")):
         raise HubError(
-            f"{folder} has no weights in safetensors format; other formats can run code and are not "
-            "read."
+            f"{folder} has no weights in safetensors format; other formats can run code and are "
+            "not read."
         )
     for index in folder.glob("*.safetensors.index.json"):
         try:
@@ -97,7 +99,8 @@ def load_weights(folder, where: dict, auto_class):
             check_size(Path(folder), config, auto_class)
         model, loading = auto_class.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **where,
+            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            **where,
         )  # fmt: skip
     missing = sorted(loading["missing_keys"])
     mismatched = sorted(str(key[0]) for key in loading["mismatched_keys"])
@@ -139,8 +142,8 @@ def check_size(folder: Path, config, auto_class) -> None:
         described = auto_class.from_config(config).num_parameters()
     if described > 2 * sum(sizes):  # fewer are found, and named, when the weights are read
         raise HubError(
-            f"{str(folder)!r} is not whole: config.json describes {described:,} parameters, and its "
-            f"files hold {sum(sizes):,}. Download or save it again."
+            f"{str(folder)!r} is not whole: config.json describes {described:,} parameters, and "
+            f"its files hold {sum(sizes):,}. Download or save it again."
         )
 
 
@@ -174,7 +177,9 @@ def load_adapted(folder: Path, auto_class):
         config = peft.PeftConfig.from_pretrained(folder)
         base = str(config.base_model_name_or_path)
     if (Path(base) / "adapter_config.json").exists():
-        raise HubError(f"the base model of {folder}, {base!r}, is an adapter itself: merge it first.")
+        raise HubError(
+            f"the base model of {folder}, {base!r}, is an adapter itself: merge it first."
+        )
     model, tokenizer = load_model(base, auto_class)
     with damage_in_a_sentence(folder):
         adapted = peft.get_peft_model(model, config)
@@ -272,7 +277,9 @@ def same_tokenizer(one, other) -> bool:
     )
 
 
-PROBE = "It's 12,345.67 — naïve Café déjà vu!  Two  spaces,\na line\tand a tab; это, 日本語 🙂 <b>x</b>"
+PROBE = (
+    "It's 12,345.67 — naïve Café déjà vu!  Two  spaces,\na line\tand a tab; это, 日本語 🙂 <b>x</b>"
+)
 
 
 def pick_device(parameters: float = math.inf) -> str:

@@ -86,11 +86,13 @@ def sample_completions(
 
 
 def check_characters(prompts: Sequence[Text]) -> None:
-    """Raises DataError for half of a surrogate pair, which is no character: no tokenizer reads it."""
+    """Raises DataError for half of a surrogate pair: it is no character, no tokenizer reads it."""
     for i, prompt in enumerate(prompts):
         texts = [prompt] if isinstance(prompt, str) else [str(m.get("content")) for m in prompt]
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            raise DataError(f"prompt {i + 1} holds half of a surrogate pair (such as \\ud83d alone).")
+            raise DataError(
+                f"prompt {i + 1} holds half of a surrogate pair (such as \\ud83d alone)."
+            )
 
 
 def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
@@ -98,8 +100,8 @@ def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: i
     longest, context = max(map(len, prompts), default=0), context_length(model)
     if longest + max_new_tokens > context:
         raise DataError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context "
-            f"of {context}. Ask for fewer new tokens, or shorten the prompt."
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"context of {context}. Ask for fewer new tokens, or shorten the prompt."
         )
     if tokenizer.eos_token_id is None:
         said = "the tokenizer has no EOS: every completion is cut at the length limit."

@@ -165,6 +165,26 @@ def test_damaged_folders_load_as_they_are_stored_or_end_in_a_sentence(tiny_folde
     assert refused > count / 3
 
 
+def test_a_model_that_rescales_itself_is_saved_as_it_is_read(tmp_path, tokenizer):
+    """RWKV divides the weights of later layers in place in evaluation mode: twice, if so saved."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=4, rescale_every=2
+    )
+    RwkvForCausalLM(config).save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    ids, (model, _) = torch.tensor([[0, 5, 9, 7]]), load_model(tmp_path / "first")
+    logits = model(ids).logits
+    model.save_pretrained(tmp_path / "second")
+    tokenizer.save_pretrained(tmp_path / "second")
+    again, _ = load_model(tmp_path / "second")
+    assert torch.allclose(again(ids).logits, logits, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert weights_are_the_files(again, tmp_path / "first")
+
+
 # --- adapters ---
 
 
@@ -296,7 +316,7 @@ def classifier_folder(path, tokenizer, labels, pad=True, **settings):
 
     torch.manual_seed(0)
     its_tokenizer = copy.deepcopy(tokenizer)
-    its_tokenizer.pad_token = "<pad>" if pad is None else ("the" if pad else None)
+    its_tokenizer.pad_token = "the" if pad else None
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2,
         id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
@@ -325,9 +345,9 @@ def test_a_reward_models_one_output_is_the_reward(tmp_path, tokenizer, pad):
 
 
 def test_a_classifiers_reward_is_the_logit_of_p_positive(tmp_path, tokenizer):
-    for labels in (["nontoxic", "toxic"], ["bad", "fair", "good"]):
+    for labels, positive in ((["nontoxic", "toxic"], 0), (["bad", "fair", "good"], 2)):
         path, model = classifier_folder(tmp_path / labels[0], tokenizer, labels)
-        p = outputs_alone(model, tokenizer).softmax(-1)[:, labels.index({2: "nontoxic", 3: "good"}[len(labels)])]
+        p = outputs_alone(model, tokenizer).softmax(-1)[:, positive]
         assert torch.allclose(load_reward(path)(TEXTS), p.logit(), atol=1e-4)
     assert load_reward(path, positive="fair")([]).shape == (0,)
     long = load_reward(path)(["word " * 500])  # cut at the context
