@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dpo_mini import fast_logprobs
+from dpo_mini.exactness import is_body_then_head
 from dpo_mini.fast_logprobs import (
     completion_logps,
-    family_length,
     layout,
     of_like_length,
+    packed_length,
     shares_prompts,
 )
 from dpo_mini.logprobs import sequence_logps
@@ -49,6 +50,7 @@ def test_the_fast_path_equals_the_definition(any_model, share, padding, at_once,
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*more than its head")
 def test_a_model_that_scales_its_logits_takes_the_plain_path(gpt2):
     """Cohere's and Granite's do; head(hidden) alone would be another distribution."""
     scaled, rows = copy.deepcopy(gpt2), many_rows()
@@ -58,7 +60,7 @@ def test_a_model_that_scales_its_logits_takes_the_plain_path(gpt2):
         output.logits = output.logits / 2
         return output
 
-    assert fast_logprobs.splits(gpt2) and not fast_logprobs.splits(scaled)
+    assert is_body_then_head(gpt2) and not is_body_then_head(scaled)
     assert torch.allclose(completion_logps(scaled, rows), sequence_logps(scaled, *collate(rows)))
     far = completion_logps(scaled, rows) - completion_logps(gpt2, rows)
     assert far.abs().min() > 1e-3
@@ -72,14 +74,9 @@ def test_a_shared_prompt_is_read_once_and_a_completions_last_token_never():
     assert together.position_ids[0].tolist() == [0, 1, 2, 3, 4, 3]
     assert together.attends[0].int().tolist()[5] == [1, 1, 1, 0, 0, 1]  # not the other completion
     for one in (apart, together):
-        assert one.targets.tolist() == [5, 6, 0, 7, 0, 8] and one.owners.tolist() == [
-            0,
-            0,
-            0,
-            1,
-            1,
-            2,
-        ]
+        assert one.targets.tolist() == [5, 6, 0, 7, 0, 8]
+        assert one.owners.tolist() == [0, 0, 0, 1, 1, 2]
+    assert together.predictors.tolist() == [2, 3, 4, 2, 5, 7]
     assert shares_prompts(rows) is False
     assert shares_prompts([([0] * 50, [1, 2]), ([0] * 50, [3])]) is True
 
@@ -92,7 +89,7 @@ def test_rows_of_other_lengths_are_read_apart_and_padding_is_bounded():
         batches = of_like_length(rows, share=False)
         assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
         for batch in batches:
-            read = [family_length(rows, [i]) for i in batch]
+            read = [packed_length(rows, [i]) for i in batch]
             assert read == sorted(read, reverse=True)
             assert sum(read) >= (1 - fast_logprobs.MOST_PADDING) * max(read) * len(read)
     alike = [([0, i], [1] * 30) for i in range(8)]

@@ -81,7 +81,7 @@ def test_no_floor_imports_a_floor_above_it():
     floors = [
         ["hub", "settings", "losses", "family", "data", "processes", "checkpoints", "exact"],
         ["tokens", "models"],
-        ["logprobs", "fast_logprobs", "sampling", "rewards"],
+        ["exactness", "logprobs", "fast_logprobs", "sampling", "rewards"],
         ["reference", "curation"],
         ["training", "evaluation"],
         ["rlhf", "online", "demo"],

@@ -1,7 +1,11 @@
 """Samples come from the model's own distribution, whole and unpadded."""
 
+import copy
+
+import pytest
 import torch
 
+from dpo_mini import sampling
 from dpo_mini.models import load_model
 from dpo_mini.sampling import continuations, inverse_cdf, sample_completions, through_first
 from dpo_mini.tokens import collate, tokenize_prompt
@@ -125,3 +129,71 @@ def test_samples_are_distributed_as_generates(gpt2):
     chi_square = ((a - b)[often] ** 2 / (a + b)[often]).sum().item()
     freedom = often.sum().item()
     assert freedom > 30 and chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A film?"}]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_conversation_is_a_prompt_and_a_reward_reads_the_answer_alone(tiny_folder):
+    model, tokenizer = load_model(tiny_folder)
+    tokenizer.chat_template = TEMPLATE
+    ((chat,), (text,)) = sample_completions(model, tokenizer, [MESSAGES, "A film?"], 1, 5)
+    assert chat.prompt_ids == tokenize_prompt(tokenizer, MESSAGES) != text.prompt_ids
+    assert chat.full_text == chat.text and chat.prompt == MESSAGES
+    assert text.full_text == "A film?" + text.text
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(n=0), "n must be"), (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(max_new_tokens=63), "context of 64"), (dict(max_new_tokens=2**60), "max_new_tokens"),
+        (dict(temperature=-1.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
+        (dict(batch_size=0), "batch_size"), (dict(prompts=["a\ud83d"]), "surrogate"),
+        (dict(prompts=[[{"role": "user", "content": "a\ud83d"}]]), "surrogate"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_sampled_is_refused_in_a_sentence(tiny_folder, settings, said):
+    model, tokenizer = load_model(tiny_folder)
+    with pytest.raises(ValueError, match=said):
+        sample_completions(model, tokenizer, **{"prompts": ["This film"], **settings})
+
+
+def test_a_sample_may_fill_the_context_to_its_last_token(tiny_folder):
+    model, tokenizer = load_model(tiny_folder)
+    room = 64 - len(tokenize_prompt(tokenizer, "This"))
+    assert sample_completions(model, tokenizer, ["This"], 1, room, temperature=0)
+
+
+def test_a_tokenizer_without_eos_is_said(tiny_folder):
+    model, tokenizer = load_model(tiny_folder)
+    without = copy.deepcopy(tokenizer)
+    without.eos_token = None
+    with pytest.warns(UserWarning, match="no EOS"):
+        ((completion,),) = sample_completions(model, without, ["This"], 1, 5)
+    assert len(completion.ids) == 5
+
+
+def test_generate_draws_the_same_tokens_and_keeps_no_settings_of_the_model(any_model):
+    """The way for models that our own loop cannot read, on models that both can."""
+    any_model.generation_config.update(repetition_penalty=9.0, forced_eos_token_id=3, top_k=2)
+    before = any_model.generation_config
+    u = torch.rand(9, 4, generator=torch.Generator().manual_seed(2))
+    for temperature in (0, 0.7, 1.0):
+        for end in (None, 12):
+            arguments = (any_model, PROMPTS, u, temperature, end)
+            assert sampling.generated(*arguments) == sampling.continued(*arguments)
+    assert any_model.generation_config is before
+
+
+def test_dropout_does_not_touch_a_sample(gpt2):
+    u = torch.rand(8, 4, generator=torch.Generator().manual_seed(2))
+    expected = continuations(gpt2, PROMPTS, u)
+    for module in gpt2.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert continuations(gpt2.train(), PROMPTS, u) == expected
