@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 
+class SettingsError(ValueError):
+    """A setting is out of range; the message says which, what was expected and what came."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How to train; what to minimise is the objective's business."""
