@@ -7,9 +7,11 @@ import sys
 
 # Only light modules here: --help answers at once, and torch is loaded by the verb that needs it.
 from dpo_mini.console import printable
+from dpo_mini.data import DataError
+from dpo_mini.hub import HubError
 from dpo_mini.options import add_options, options_of
 from dpo_mini.outputs import is_main_process
-from dpo_mini.settings import SettingsError
+from dpo_mini.settings import SettingsError, TrainingError
 from dpo_mini.verbs import VERBS
 
 DESCRIPTION = """\
@@ -51,7 +53,7 @@ def main(argv=None) -> int:
 
 def sentence(error: Exception) -> str | None:
     """What to tell about an error that a user can mend; None for a fault of ours."""
-    if isinstance(error, SettingsError):
+    if isinstance(error, DataError | HubError | SettingsError | TrainingError):
         return str(error)
     if isinstance(error, OSError):  # with a number it is the system's, without one it is ours
         return f"{error}." + " What was written before is unharmed." * (error.errno is not None)
@@ -60,11 +62,7 @@ def sentence(error: Exception) -> str | None:
             "the memory is not enough. Ask for fewer things at once: a smaller --micro-batch-size, "
             "fewer --samples or a smaller model. What was written before is unharmed."
         )
-    from dpo_mini.checkpoints import TrainingError
-    from dpo_mini.data import DataError
-    from dpo_mini.hub import HubError
-
-    return str(error) if isinstance(error, DataError | HubError | TrainingError) else None
+    return None
 
 
 class Parser(argparse.ArgumentParser):

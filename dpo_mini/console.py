@@ -35,6 +35,8 @@ def command(*words) -> str:
 
 
 def interval(estimate: dict) -> str:
+    if estimate["low"] is None:
+        return "one prompt: no interval"
     return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 

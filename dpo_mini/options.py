@@ -45,6 +45,8 @@ class TrainingOptions(Options):
     resume: bool = option(False, "go on with the run in --output")
     settings: dict = field(default_factory=dict, metadata={"options_of": TrainingConfig})
     DEFAULTS: ClassVar[dict] = {}  # where a verb's differ from TrainingConfig's
+    DERIVED: ClassVar[dict] = {}  # what a verb finds by itself where it is not given: in words
+    WITHOUT: ClassVar = ("monitor_every",)  # settings that would change nothing
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +62,7 @@ TRAINING_HELP = {
     "batch_size": "pairs or texts per step, over all processes",
     "micro_batch_size": "pairs or texts in memory at once (fewer: less memory, same result)",
     "block_size": "neighbours in the data that stay together when it is shuffled: 6 keeps the "
-    "pairs of 4 samples in one batch, where their prompt is read once (train: found by itself)",
+    "pairs of 4 samples in one batch, where their prompt is read once",
     "learning_rate": "peak learning rate of AdamW",
     "warmup_steps": "steps of linear warm-up",
     "schedule": "learning rate after the warm-up: constant, linear or cosine",
@@ -68,7 +70,7 @@ TRAINING_HELP = {
     "max_grad_norm": "a longer gradient is scaled down to this length",
     "bf16": "bfloat16 autocast (by default on a CUDA GPU only)",
     "checkpoint_every": "steps between checkpoints",
-    "monitor_every": "steps between measurements on held-out prompts (demo)",
+    "monitor_every": "steps between measurements on held-out prompts",
 }
 
 
@@ -108,17 +110,17 @@ def add_options(parser: argparse.ArgumentParser, verb: type[Options]) -> None:
             add_option(parser, f.name, hints[f.name], default, f.metadata["help"], f.metadata)
             continue
         config = f.metadata["options_of"]
-        kinds, own = get_type_hints(config), {g.name for g in fields(verb)}
+        kinds, left_out = get_type_hints(config), {*verb.WITHOUT, "seed"}  # --seed is there
         for g in fields(config):
-            if g.name not in own:  # --seed is every verb's already
-                default = verb.DEFAULTS.get(g.name, g.default)
+            if g.name not in left_out:
+                default = {g.name: g.default, **verb.DEFAULTS, **verb.DERIVED}[g.name]
                 kind = bool | None if kinds[g.name] is bool else kinds[g.name]
                 add_option(parser, g.name, kind, default, TRAINING_HELP[g.name], {})
 
 
 def add_option(parser, name, kind, default, help, more) -> None:
     given = {"dest": name, "default": argparse.SUPPRESS}
-    if default not in (None, False, "", ()) and kind != bool | None:
+    if default not in (None, "", ()) and not isinstance(default, bool):
         help += f" (default: {default})"
     given["help"] = help.replace("%", "%%")
     if get_origin(kind) is tuple:

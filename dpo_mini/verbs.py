@@ -4,8 +4,6 @@
 """
 
 import ast
-import hashlib
-import json
 import math
 import os
 import platform
@@ -33,7 +31,7 @@ from dpo_mini.outputs import (
     shown_name,
     weights_digest,
 )
-from dpo_mini.settings import SettingsError
+from dpo_mini.settings import SettingsError, TrainingError
 from dpo_mini.sources import as_asked, chosen_prompts, has_test_split, texts_of
 
 MODEL = "the embedded one, a folder, or a name on the Hub such as gpt2"
@@ -112,6 +110,7 @@ class Demo(TrainingOptions, OutputOptions):
     DEFAULTS: ClassVar = {
         "steps": 275, "batch_size": 24, "block_size": 6, "learning_rate": 2e-4, "monitor_every": 55,
     }  # fmt: skip
+    WITHOUT: ClassVar = ()
 
     def run(self) -> dict:
         from dpo_mini.data import read_rows
@@ -145,6 +144,7 @@ class Sft(TrainingOptions, OutputOptions):
     lora: int = option(0, LORA, at_least=0)
     output: str = option("runs/sft", OUTPUT)
     DEFAULTS: ClassVar = {"warmup_steps": 50}
+    DERIVED: ClassVar = {"steps": "one pass over the texts"}
 
     def run(self) -> dict:
         from dpo_mini.data import read_texts
@@ -161,12 +161,11 @@ class Sft(TrainingOptions, OutputOptions):
             bf16=model.device.type == "cuda", steps=max(1, len(items) // batch_size)
         )
         base = shown_name(self.model), weights_digest(model)
-        identity = {"base": base[1], "lora": self.lora, "data": data_digest(items)}
         model = with_lora(model, self.lora, self.seed)
         if not self.resume:
             empty_of_earlier_run(folder, MODEL_FILES + TRAINING_FILES, [self.dataset])
         log = train(
-            model, items, sft_objective(), config, identity=identity,
+            model, items, sft_objective(), config, identity={"objective": "sft"},
             output=folder, resume=self.resume, progress=not self.json,
         )  # fmt: skip
         settings = {"lora": self.lora, **asdict(config)}
@@ -239,6 +238,7 @@ class Train(TrainingOptions, OutputOptions):
     )
     lora: int = option(0, LORA, at_least=0)
     output: str = option("runs/train", OUTPUT)
+    DERIVED: ClassVar = {"block_size": "found in the pairs"}
 
     def loss_options(self) -> dict:
         """The loss's own arguments. Raises TrainingError for one that it does not take."""
@@ -627,7 +627,6 @@ def finish_training(options, model, tokenizer, log, data, base, settings) -> dic
 
     `data`: what it was trained on; `base`: name and digest of what it was trained from.
     """
-    from dpo_mini.checkpoints import TrainingError
     from dpo_mini.data import write_jsonl
     from dpo_mini.models import merged, model_card, save_model
     from dpo_mini.training import diverged
@@ -643,16 +642,11 @@ def finish_training(options, model, tokenizer, log, data, base, settings) -> dic
             save_model(merged(model), tokenizer, folder, card)
     if failed:
         raise TrainingError(
-            f"the run failed: loss {losses}. Its log is in {options.output}, and no model. Try a "
-            "learning rate ten times smaller, or a longer warm-up."
+            f"the run failed, loss {losses}: {failed} Its log is in {options.output}; no model "
+            "was saved."
         )
     say(options, f"Loss {losses}. The model, its card and its log are in {options.output}.")
     return report
-
-
-def data_digest(items) -> str:
-    """A short hash of what is trained on."""
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
 # --- what the verbs share: models ---

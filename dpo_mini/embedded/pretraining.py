@@ -16,10 +16,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dpo_mini.checkpoints import TrainingError, TrainingInterrupted, interruption
+from dpo_mini.checkpoints import TrainingInterrupted, interruption
 from dpo_mini.data import DataError
 from dpo_mini.models import bfloat16_pays
-from dpo_mini.settings import SettingsError
+from dpo_mini.settings import SettingsError, TrainingError
 
 IDENTITY = "pretraining.json"  # says which run a folder belongs to
 END = "<|endoftext|>"  # id 0; begins every review and ends it, as in GPT-2
@@ -27,12 +27,14 @@ END = "<|endoftext|>"  # id 0; begins every review and ends it, as in GPT-2
 
 def train_tokenizer(texts, vocabulary=8192):
     """A byte-level BPE in GPT-2's manner; returns a `PreTrainedTokenizerFast` whose BOS and EOS are
-    id 0.
+    id 0, and which puts BOS before every text by itself.
     """
     from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=[END])
+    bpe._tokenizer.post_processor = TemplateProcessing(f"{END} $A", special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, unk_token=END
     )

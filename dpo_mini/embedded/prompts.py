@@ -50,7 +50,7 @@ def beginning(tokenizer, ids: list[int], length: int) -> str | None:
     following = tokenizer.decode(ids[length : length + 1])
     ends_with_a_word = following.startswith(" ")
     is_plain = text.isprintable() and text == text.strip() and "  " not in text
-    same = tokenizer(text)["input_ids"] == ids[:length]
+    same = tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:length]
     return text if ends_with_a_word and is_plain and same else None
 
 
