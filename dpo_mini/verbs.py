@@ -157,9 +157,8 @@ class Sft(TrainingOptions, OutputOptions):
         texts = read_texts(self.dataset, self.split)
         items = text_items(texts, tokenizer, min(self.max_length, context_length(model)))
         batch_size = self.config().batch_size
-        config = self.config(
-            bf16=model.device.type == "cuda", steps=max(1, len(items) // batch_size)
-        )
+        steps = max(1, len(items) // batch_size)
+        config = self.config(steps=steps, **in_bfloat16_on_a_gpu(model))
         base = shown_name(self.model), weights_digest(model)
         model = with_lora(model, self.lora, self.seed)
         if not self.resume:
@@ -248,15 +247,16 @@ class Train(TrainingOptions, OutputOptions):
         return loss_arguments(self.loss, **{name: getattr(self, name) for name in names})
 
     def tokenized(self, model, tokenizer) -> list:
-        """The pairs as token ids; for KTO also labelled completions."""
+        """The pairs as token ids; for KTO as labelled completions, which may also come as such."""
         from dpo_mini.data import preference_pairs, read_rows
         from dpo_mini.models import context_length
-        from dpo_mini.tokens import tokenize_labelled, tokenize_pairs
+        from dpo_mini.tokens import tokenize_labelled, tokenize_pairs, unpaired
 
         rows, length = read_rows(self.pairs, self.split), context_length(model)
         if self.loss == "kto" and "completion" in rows[0]:
             return tokenize_labelled(rows, tokenizer, length, self.drop_long)
-        return tokenize_pairs(preference_pairs(rows), tokenizer, length, self.drop_long)
+        pairs = tokenize_pairs(preference_pairs(rows), tokenizer, length, self.drop_long)
+        return unpaired(pairs) if self.loss == "kto" else pairs
 
     def run(self) -> dict:
         from dpo_mini.course.plots import training_figure
@@ -267,9 +267,8 @@ class Train(TrainingOptions, OutputOptions):
         folder = training_output(self)
         model, tokenizer = load_model(self.model)
         pairs = self.tokenized(model, tokenizer)
-        config = self.config(
-            bf16=model.device.type == "cuda", block_size=shared_prompt_block(pairs)
-        )
+        block_size = shared_prompt_block(pairs)
+        config = self.config(block_size=block_size, **in_bfloat16_on_a_gpu(model))
         base = shown_name(self.model), weights_digest(model)
         model = with_lora(model, self.lora, self.seed)
         if not self.resume:
@@ -282,7 +281,7 @@ class Train(TrainingOptions, OutputOptions):
             start = math.log(2) if self.loss in LOG_2_AT_FIRST else None
             training_figure(log, start=start).savefig(folder / "training.png", dpi=110)
         settings = {"loss": self.loss, **options, "lora": self.lora, **asdict(config)}
-        settings["pairs"] = len(pairs)
+        settings["completions" if self.loss == "kto" else "pairs"] = len(pairs)
         report = finish_training(self, model, tokenizer, log, self.pairs, base, settings)
         evaluation = command("evaluate", "--model", self.output, "--reference", self.model)
         say(self, f"Next: {evaluation}")
@@ -620,6 +619,10 @@ def training_output(options) -> Path:
         options.output, overwrite=options.overwrite, resume=options.resume, can_resume=True,
         model=True,
     )  # fmt: skip
+
+
+def in_bfloat16_on_a_gpu(model) -> dict:
+    return {"bf16": model.device.type == "cuda"}
 
 
 def finish_training(options, model, tokenizer, log, data, base, settings) -> dict:
