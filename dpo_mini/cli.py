@@ -6,7 +6,7 @@ import os
 import sys
 
 # Only light modules here: --help answers at once, and torch is loaded by the verb that needs it.
-from dpo_mini.console import printable
+from dpo_mini.console import one_line, printable
 from dpo_mini.data import DataError
 from dpo_mini.hub import HubError
 from dpo_mini.options import add_options, options_of
@@ -44,7 +44,7 @@ def main(argv=None) -> int:
         said = sentence(error)
         if said is None:
             raise
-        print(f"dpo-mini {name}: {printable(said, sys.stderr.encoding)}", file=sys.stderr)
+        print(f"dpo-mini {name}: {printable(one_line(said), sys.stderr.encoding)}", file=sys.stderr)
         return 1
     if options.json and is_main_process():
         print(json.dumps(result, indent=1))
@@ -69,7 +69,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that tells a mistake in a sentence, without the list of all options."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        said = printable(one_line(message), sys.stderr.encoding)
+        self.exit(2, f"{self.prog}: {said}. See {self.prog} --help.\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -27,7 +27,11 @@ def texts_of(source, split: str | None, held_out: bool) -> tuple[list[str], str]
     if split not in (None, "train"):
         return texts, f"the split {split}"
     if held_out and split is None:
-        return [t for t in texts if in_held_out_tenth(t)], "the tenth that is never trained on"
+        tenth = [t for t in texts if in_held_out_tenth(t)]
+        if not tenth:
+            raise DataError(f"{source} has no test split, and {len(texts)} texts are too few to "
+                            "keep a tenth for evaluation.")  # fmt: skip
+        return tenth, "the tenth that is never trained on"
     return texts if whole else [t for t in texts if not in_held_out_tenth(t)], "the split train"
 
 

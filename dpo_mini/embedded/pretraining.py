@@ -175,7 +175,7 @@ def pretrain(
     bf16 = bfloat16_pays(device) if bf16 is None else bf16
 
     def quality() -> float:
-        return bits_per_byte(model, tokenizer, held_out)
+        return bits_per_byte(model, tokenizer, held_out, min(127, context))
 
     if not stretch(model, optimizers, windows, bf16, output, quality, stop_after):
         return None

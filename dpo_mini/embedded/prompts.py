@@ -8,7 +8,7 @@ from dpo_mini.data import DataError
 from dpo_mini.models import EMBEDDED_FOLDER
 from dpo_mini.sampling import sample_completions
 
-MOST_IDLE_ROUNDS = 20  # rounds without a new prompt, after which no more are to be expected
+MOST_IDLE_ROUNDS = 3  # rounds without a new prompt, after which no more are to be expected
 
 
 def sample_prompts(
