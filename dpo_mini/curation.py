@@ -8,20 +8,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpo_mini.data import DataError, PreferencePair
+from dpo_mini.data import DataError, PreferencePair, answer_to, as_text
 from dpo_mini.sampling import sample_completions
+from dpo_mini.tokens import tokenizer_fingerprint
+
+CUT_CHARACTER = "\ufffd"  # what bytes that are no whole character are decoded as
 
 
 def prefixes(
     texts: Sequence[str], tokenizer, n: int, low: int = 2, high: int = 8, seed: int = 0
 ) -> list[str]:
-    """Prompts: the first `low` to `high` tokens of `n` texts (Rafailov et al. 2023, C.1)."""
+    """Prompts: the first `low` to `high` tokens of `n` texts (Rafailov et al. 2023, C.1).
+
+    A character of several tokens is never cut: the prompt then has as many tokens as it needs.
+    """
     generator = torch.Generator().manual_seed(seed)
     prompts = []
     for i in torch.randperm(len(texts), generator=generator).tolist()[:n]:
         length = int(torch.randint(low, high + 1, (), generator=generator))
-        ids = tokenizer(texts[i][:200], add_special_tokens=False)["input_ids"][:length]
-        prompts.append(tokenizer.decode(ids))
+        ids = tokenizer(texts[i][:200], add_special_tokens=False)["input_ids"]
+        prompt = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
+        while prompt.endswith(CUT_CHARACTER) and length < len(ids):
+            length += 1
+            prompt = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
+        prompts.append(prompt)
     return prompts
 
 
@@ -33,19 +43,20 @@ def sampled_pairs(
         model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress
     )
     rewards = reward([c.full_text for row in samples for c in row])
-    return pairs_from_samples(samples, rewards, labels, seed)
+    return pairs_from_samples(samples, rewards, labels, seed, tokenizer)
 
 
 def pairs_from_samples(
-    samples, rewards: Tensor, labels: str = "best", seed: int = 0
+    samples, rewards: Tensor, labels: str = "best", seed: int = 0, tokenizer=None
 ) -> tuple[list[PreferencePair], int]:
     """All pairs of each prompt's completions, labelled by reward: (pairs, exact ties dropped).
 
     `samples`: for each prompt its completions (as from `sample_completions`); `rewards`: their
     logits in the same order, flat. `labels`: "best" prefers the higher reward, "bradley-terry" as
-    in `draw_labels`.
+    in `draw_labels`. `tokenizer`: whose ids the samples are; the pairs then carry its name.
     """
     pairs, ties, scores = [], 0, iter(rewards.tolist())
+    mark = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
     for completions in samples:
         scored = [(c, next(scores)) for c in completions]
         for (a, reward_a), (b, reward_b) in itertools.combinations(scored, 2):
@@ -55,8 +66,9 @@ def pairs_from_samples(
             (w, reward_w), (l, reward_l) = sorted(
                 [(a, reward_a), (b, reward_b)], key=lambda one: -one[1]
             )
+            answers = (answer_to(a.prompt, completion.text) for completion in (w, l))
             ids, logits = (a.prompt_ids, w.ids, l.ids), (round(reward_w, 4), round(reward_l, 4))
-            pairs.append(PreferencePair(a.prompt, w.text, l.text, *ids, *logits))
+            pairs.append(PreferencePair(a.prompt, *answers, *ids, *logits, mark))
     return (draw_labels(pairs, seed) if labels == "bradley-terry" else pairs), ties
 
 
@@ -93,15 +105,12 @@ def relabel(
     pairs: Sequence[PreferencePair], reward: Callable[[list[str]], Tensor]
 ) -> list[PreferencePair]:
     """The same comparisons decided by another `reward` (texts -> tensor [texts]); ties dropped."""
-    texts = sorted({pair.prompt + y for pair in pairs for y in (pair.chosen, pair.rejected)})
-    scores = dict(zip(texts, reward(texts).tolist()))
+    wholes = [[as_text(p.prompt + y) for y in (p.chosen, p.rejected)] for p in pairs]
+    texts = sorted({text for whole in wholes for text in whole})
+    scores = {text: round(score, 4) for text, score in zip(texts, reward(texts).tolist())}
     scored = [
-        replace(
-            pair,
-            chosen_reward=round(scores[pair.prompt + pair.chosen], 4),
-            rejected_reward=round(scores[pair.prompt + pair.rejected], 4),
-        )
-        for pair in pairs
+        replace(pair, chosen_reward=scores[chosen], rejected_reward=scores[rejected])
+        for pair, (chosen, rejected) in zip(pairs, wholes)
     ]
     decided = [pair for pair in scored if pair.chosen_reward != pair.rejected_reward]
     return [
@@ -131,8 +140,9 @@ def best_and_worst(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """One pair of each prompt: the one with the widest gap."""
     widest: dict[str, PreferencePair] = {}
     for pair in pairs:
-        if pair.prompt not in widest or reward_gap(pair) > reward_gap(widest[pair.prompt]):
-            widest[pair.prompt] = pair
+        prompt = as_text(pair.prompt)
+        if prompt not in widest or reward_gap(pair) > reward_gap(widest[prompt]):
+            widest[prompt] = pair
     return list(widest.values())
 
 
@@ -150,8 +160,9 @@ def without_near_duplicates(
     """
     seen, kept = set(), []
     for pair in pairs:
-        comparison = (pair.prompt, frozenset((pair.chosen, pair.rejected)))
-        if comparison not in seen and similarity(pair.chosen, pair.rejected) <= most:
+        chosen, rejected = as_text(pair.chosen), as_text(pair.rejected)
+        comparison = (as_text(pair.prompt), frozenset((chosen, rejected)))
+        if comparison not in seen and similarity(chosen, rejected) <= most:
             kept.append(pair)
         seen.add(comparison)
     return kept
@@ -173,6 +184,8 @@ def cohens_kappa(a: Sequence, b: Sequence) -> float:
 
 def conversational(pair: PreferencePair) -> dict:
     """The pair as lists of messages, TRL's conversational preference format."""
+    if not isinstance(pair.prompt, str):
+        return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
     return {
         "prompt": [{"role": "user", "content": pair.prompt}],
         "chosen": [{"role": "assistant", "content": pair.chosen}],
@@ -183,8 +196,8 @@ def conversational(pair: PreferencePair) -> dict:
 def llama_factory(pair: PreferencePair) -> dict:
     """The pair as a row of LLaMA-Factory's Alpaca preference format (`"ranking": true`)."""
     return {
-        "instruction": pair.prompt,
+        "instruction": as_text(pair.prompt),
         "input": "",
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
+        "chosen": as_text(pair.chosen),
+        "rejected": as_text(pair.rejected),
     }

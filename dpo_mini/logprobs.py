@@ -10,13 +10,14 @@ from torch import Tensor
 def token_logps(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """log pi(token_t | tokens before t) for every position t >= 1.
 
-    `input_ids`, `attention_mask`: [batch, length], the mask 1 on real tokens; padding may be on
-    either side. Returns float32 [batch, length - 1] (float64 for a float64 model), in nats; entry t
-    - 1 belongs to token t.
+    `input_ids`, `attention_mask`: [batch, length], the mask 1 on real tokens. Padding may be on
+    the right for any causal model, on the left for one that takes `position_ids`. Returns float32
+    [batch, length - 1] (float64 for a float64 model), in nats; entry t - 1 belongs to token t.
     """
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding must not shift a token
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    logits = model(**inputs, position_ids=position_ids).logits[:, :-1]
+    if not attention_mask[:, 0].all():  # padding on the left must not shift a token
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(**inputs).logits[:, :-1]
     if logits.dtype != torch.float64:
         logits = logits.float()  # at 512 nats bfloat16 has a spacing of 4
     next_logits = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)

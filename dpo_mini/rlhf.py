@@ -235,7 +235,8 @@ def reinforce(
             f"{config.batch_size} completions a step, {config.samples} samples of each prompt: "
             "expected two or more samples, and as many of every prompt."
         )
-    without_dropout(policy)
+    for model in (policy, reference):
+        without_dropout(model)
     optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0)
     n_prompts = config.batch_size // config.samples
 
@@ -265,7 +266,7 @@ def ppo(
     advantage comes from `value` by `gae`. Schulman et al. 2017 (arXiv 1707.06347), as used for
     language models by Ziegler et al. 2019 and Ouyang et al. 2022 (arXiv 2203.02155).
     """
-    for model in (policy, value):
+    for model in (policy, reference, value):
         without_dropout(model)
     parameters = [*policy.parameters(), *value.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0)

@@ -1,17 +1,23 @@
 """Completions sampled from a model, kept as the token ids that were sampled."""
 
+import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dpo_mini.tokens import collate, tokenize_prompt
+from dpo_mini.data import DataError, Text
+from dpo_mini.exactness import base, check_defined, difference, reason_against, say_once
+from dpo_mini.models import context_length
+from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_real, check_whole
+from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
-WORTH_DROPPING = (
-    0.25  # rows that have ended are dropped when they are this share: it copies the rest
-)
+# Rows that have ended are dropped once they are this share: dropping copies all other rows.
+WORTH_DROPPING = 0.25
 
 
 @dataclass(frozen=True)
@@ -20,20 +26,25 @@ class Completion:
     limit.
     """
 
-    prompt: str
+    prompt: Text  # a text, or a conversation's messages
     text: str
     prompt_ids: list[int]
     ids: list[int]
 
     @property
     def full_text(self) -> str:
-        return self.prompt + self.text
+        """What a reward reads: prompt and completion in one piece where the prompt is a text.
+
+        Of a conversation it is the completion alone: a chat template's marks are no words, and a
+        reward would score the user's part of the talk with the model's.
+        """
+        return self.prompt + self.text if isinstance(self.prompt, str) else self.text
 
 
 def sample_completions(
     model,
     tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     n: int = 1,
     max_new_tokens: int = 48,
     temperature: float = 1.0,
@@ -43,13 +54,23 @@ def sample_completions(
 ) -> list[list[Completion]]:
     """`n` completions of each prompt, drawn from the model's own distribution (no top-k, no top-p).
 
-    Any truncation would sample from another policy than the one whose log-probabilities we use. At
-    temperature 0 each token is the likeliest one. The result depends on `seed` and `batch_size` and
-    leaves torch's global random state as it was.
+    A prompt is a text, or a conversation as a list of messages, to which the tokenizer's chat
+    template is applied. Any truncation would sample from another policy than the one whose
+    log-probabilities we use. At temperature 0 each token is the likeliest one. The result depends
+    on `seed` and `batch_size` and leaves torch's global random state as it was.
+
+    Raises SettingsError for a number out of range, DataError for a prompt that cannot be tokenised
+    or that leaves no room for `max_new_tokens` in the model's context.
     """
     from tqdm.auto import tqdm
 
-    rows = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts for _ in range(n)]
+    check_whole("n", n, 1, MOST_ITEMS, "It is the number of completions of each prompt.")
+    check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
+    check_whole("batch_size", batch_size, 1, MOST_ITEMS, "Try 256.")
+    check_real("temperature", temperature, 0, "1 is the model's own distribution, 0 is greedy.")
+    tokenized = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts]
+    check_room(model, tokenizer, [ids for _, ids in tokenized], max_new_tokens)
+    rows = [row for row in tokenized for _ in range(n)]
     generator, completions = torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(rows), batch_size), desc="sample", disable=not progress):
         chunk = rows[i : i + batch_size]
@@ -58,11 +79,22 @@ def sample_completions(
             model, [ids for _, ids in chunk], u, temperature, tokenizer.eos_token_id
         )
         for (prompt, prompt_ids), ids in zip(chunk, sampled):
-            text = tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            text = completion_text(tokenizer, prompt_ids, ids)
             completions.append(Completion(prompt, text, prompt_ids, ids))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raises DataError where a prompt and its new tokens exceed the context; warns without EOS."""
+    longest, context = max(map(len, prompts), default=0), context_length(model)
+    if longest + max_new_tokens > context:
+        raise DataError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context "
+            f"of {context}. Ask for fewer new tokens, or shorten the prompt."
+        )
+    if tokenizer.eos_token_id is None:
+        said = "the tokenizer has no EOS: every completion is cut at the length limit."
+        warnings.warn(said, stacklevel=3)
 
 
 @torch.no_grad()
@@ -71,42 +103,171 @@ def continuations(
 ) -> list[list[int]]:
     """Each prompt continued through the first `end`, or by as many tokens as `u` has rows.
 
-    `u` [tokens, prompts] is uniform in [0, 1): u[t, i] decides prompt i's token t. Equal prompts
-    are read once, each token after them once, and what has ended no more.
+    `u` [tokens, prompts] is uniform in [0, 1): u[t, i] decides prompt i's token t. Puts the model
+    into evaluation mode. Samples as `generate` would of each prompt alone; where our own loop does
+    not (see `exactness.py`), `generate` itself does it, and a warning says so once.
+    """
+    model.eval()
+    if len(u) == 0:
+        return [[] for _ in prompts]
+    longest, shortest = max(prompts, key=len), min(prompts, key=len)
+    check_defined(model, [*longest, 0])
+    reason = reason_against(
+        model, "continue", (len(longest) + len(u),),
+        trial=lambda: continued_wrongly(model, [longest, shortest]),
+    )  # fmt: skip
+    if reason:
+        say_once(model, f"{reason}. Samples are drawn with `generate`, which is slower.")
+        return generated(model, prompts, u, temperature, end)
+    return continued(model, prompts, u, temperature, end)
+
+
+def continued(
+    model, prompts: Sequence[list[int]], u: Tensor, temperature: float, end: int | None
+) -> list[list[int]]:
+    """`continuations` by our own loop: equal prompts are read once, each token after them once, and
+    what has ended no more.
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
-    start = collate([(list(ids), []) for ids in different], padding_side="left")
-    inputs, mask = start.input_ids.to(model.device), start.attention_mask.to(model.device)
-    cache = DynamicCache(config=model.config)
-    room = inputs.shape[1] + len(u)
-    cache.layers = [Roomy(room) if type(c) is DynamicLayer else c for c in cache.layers]
-
-    def next_logits() -> Tensor:
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-        return model(
-            input_ids=inputs, attention_mask=mask, position_ids=position_ids,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-
+    reader = Reader(model, different, room=max(map(len, prompts)) + len(u))
+    logits = reader.read_prompts()
     places = {ids: i for i, ids in enumerate(different)}
-    rows = torch.tensor([places[tuple(ids)] for ids in prompts], device=mask.device)
-    logits, mask = next_logits()[rows], mask[rows]
-    cache.batch_select_indices(rows)
+    rows = [places[tuple(ids)] for ids in prompts]
+    logits = logits[rows]
+    reader.keep(rows)
     sampled, reading = [[] for _ in prompts], list(range(len(prompts)))
     for step, draws in enumerate(u, start=1):
-        inputs = draw(logits, draws[reading], temperature)
-        for i, token in zip(reading, inputs.flatten().tolist()):
+        tokens = draw(logits, draws[reading], temperature)
+        for i, token in zip(reading, tokens.flatten().tolist()):
             sampled[i].append(token)
         going_on = [k for k, i in enumerate(reading) if end not in sampled[i]]
         if not going_on or step == len(u):
             break
         if len(going_on) <= (1 - WORTH_DROPPING) * len(reading):
-            rows = torch.tensor(going_on, device=mask.device)
-            inputs, mask, reading = inputs[rows], mask[rows], [reading[k] for k in going_on]
-            cache.batch_select_indices(rows)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = next_logits()
+            tokens, reading = tokens[going_on], [reading[k] for k in going_on]
+            reader.keep(going_on)
+        logits = reader.read(tokens)
     return [through_first(ids, end) for ids in sampled]
+
+
+class Reader:
+    """Reads prompts, then a token at a time; earlier keys and values are stored, not read again.
+
+    `prompts`: token ids, padded on the left here. `room`: the most tokens that a row will have.
+    """
+
+    def __init__(self, model, prompts: Sequence[Sequence[int]], room: int):
+        start = collate([(list(ids), []) for ids in prompts], padding_side="left")
+        self.model, self.prompts = model, start.input_ids.to(model.device)
+        self.mask = start.attention_mask.to(model.device)
+        self.cache = DynamicCache(config=base(model).config)
+        layers = self.cache.layers
+        self.cache.layers = [Roomy(room) if type(c) is DynamicLayer else c for c in layers]
+
+    def read_prompts(self) -> Tensor:
+        """Logits of the token after each prompt, [prompts, vocabulary]."""
+        return self.next_logits(self.prompts)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """One more token of each row, [rows, 1]; logits of the token after it."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return self.next_logits(tokens)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone; one that is named twice becomes two."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.mask = self.mask[index]
+        self.cache.batch_select_indices(index)
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        # Padding must not shift a token's position.
+        position_ids = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        return self.model(
+            input_ids=tokens, attention_mask=self.mask, position_ids=position_ids,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+
+
+def continued_wrongly(model, prompts: Sequence[list[int]]) -> str:
+    """How a `Reader` of padded prompts differs from reading each row alone; "" where it does not.
+
+    Compares the logits after the prompts and after one more token.
+    """
+    reader = Reader(model, prompts, room=max(map(len, prompts)) + 1)
+    first = reader.read_prompts()
+    tokens = first.argmax(-1, keepdim=True)
+    second = reader.read(tokens)
+    alone = []
+    for ids, token in zip(prompts, tokens.tolist()):
+        row = torch.tensor([[*ids, *token]], device=model.device)
+        alone.append(model(input_ids=row).logits[0, -2:])
+    return difference(torch.stack([first, second], dim=1), torch.stack(alone))
+
+
+def generated(
+    model, prompts: Sequence[list[int]], u: Tensor, temperature: float, end: int | None
+) -> list[list[int]]:
+    """`continuations` by transformers' `generate`, which knows each model's own kind of state.
+
+    Prompts of one length are read together, without padding, where that is exact.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, ids in enumerate(prompts):
+        groups.setdefault(len(ids), []).append(i)
+    longest = max(prompts, key=len)
+    size = (len(longest) + len(u),)
+    if reason_against(model, "batch", size, lambda: generated_wrongly(model, longest)):
+        groups = {i: [i] for i in range(len(prompts))}
+    sampled: list[list[int]] = [[] for _ in prompts]
+    for indices in groups.values():
+        batch = [prompts[i] for i in indices]
+        output = generate(model, batch, u[:, indices], temperature, end)
+        for i, row in zip(indices, output.sequences[:, len(batch[0]) :].tolist()):
+            sampled[i] = through_first(row, end)
+    return sampled
+
+
+def generated_wrongly(model, prompt: list[int], tokens: int = 4) -> str:
+    """How two rows that are generated together differ from each alone, in their logits."""
+    rows, u = [prompt, prompt[::-1]], torch.zeros(tokens, 2)
+    together = torch.stack(generate(model, rows, u, output_logits=True).logits)
+    alone = [generate(model, [row], u[:, :1], output_logits=True).logits for row in rows]
+    return difference(together, torch.cat([torch.stack(logits) for logits in alone], dim=1))
+
+
+def generate(model, prompts, u, temperature=0.0, end=None, **options):
+    """What transformers' `generate` returns for prompts of one length, each token drawn by `u`."""
+    ids = torch.tensor(prompts, device=model.device)
+    choice = DrawnToken(u, ids.shape[1], temperature)
+    with bare_generation(base(model)) as bare:
+        return bare.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(u),
+            do_sample=False, eos_token_id=end, pad_token_id=end or 0, logits_processor=[choice],
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+
+
+@contextmanager
+def bare_generation(model):
+    """The model without its generation settings (top-k, repetition penalty, forced tokens ...),
+    which would make `generate` sample from another distribution.
+    """
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = kept
+
+
+class DrawnToken(LogitsProcessor):
+    """Makes `generate` take the token that `draw` draws: all others become impossible."""
+
+    def __init__(self, u: Tensor, prompt_length: int, temperature: float):
+        self.u, self.prompt_length, self.temperature = u, prompt_length, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = draw(scores, self.u[input_ids.shape[1] - self.prompt_length], self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 class Roomy(DynamicLayer):

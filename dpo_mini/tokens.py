@@ -1,14 +1,30 @@
-"""Token ids: chat template, BOS, EOS, and the batches that a model reads. Only this room knows."""
+"""Token ids: chat template, BOS, EOS, and the batches that a model reads. Only this room knows.
 
+The ids are the tokenizer's own, as TRL 1.16 makes them of the same row: BOS where the tokenizer
+adds it, a template's text as it stands, and prompt and completion tokenised in one piece. A text
+that is an answer ends with exactly one EOS; a template closes an answer as it was written to.
+"""
+
+import hashlib
+import json
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_mini.data import DataError, PreferencePair
+from dpo_mini.data import (
+    DataError,
+    LabelledAnswer,
+    PreferencePair,
+    Text,
+    labelled_answers,
+    shared_length,
+)
 
 
 @dataclass(frozen=True)
@@ -40,99 +56,230 @@ class LabelledCompletion:
         return (self.prompt_ids, self.completion_ids), (self.prompt_ids, self.other_ids)
 
 
-def tokenize_prompt(tokenizer, prompt: str) -> list[int]:
-    """A prompt's token ids, after exactly one BOS where the tokenizer has one.
+# --- one text, one prompt, one answer ---
 
-    Raises DataError for an empty prompt without BOS: nothing would predict the first token.
+
+def tokenize_prompt(tokenizer, prompt: Text) -> list[int]:
+    """The ids that a prompt is sampled from: a text's, or a conversation's with the template's
+    opening of the answer.
+
+    An empty text is BOS alone, also where the tokenizer adds none by itself. Raises DataError where
+    there is no BOS either (nothing would predict the first token), and for messages that have no
+    template, or one that refuses them.
     """
-    ids, bos = tokenizer(prompt)["input_ids"], tokenizer.bos_token_id
-    if bos is not None:
-        while ids and ids[0] == bos:
-            ids = ids[1:]
-        return [bos, *ids]
-    if not ids:
-        raise DataError("the prompt is empty and the tokenizer has no BOS to predict a token from.")
+    if isinstance(prompt, str):
+        return _text_ids(tokenizer, prompt) or _bos_alone(tokenizer)
+    return _chat_ids(tokenizer, prompt, add_generation_prompt=True)
+
+
+def _text_ids(tokenizer, text: str) -> list[int]:
+    """The tokenizer's own ids of a text; BOS at most once, and no EOS that the text has not."""
+    ids, bos, eos = tokenizer(text)["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token
+    if ids[:2] == [bos, bos]:  # written in the text, and added by the tokenizer
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+        ids = ids[:-1]
     return ids
 
 
-def tokenize_pairs(
-    pairs: Sequence[PreferencePair], tokenizer, max_length: int
-) -> list[TokenizedPair]:
-    """Token ids of pairs. Sampled pairs keep the ids that were sampled.
+def _bos_alone(tokenizer) -> list[int]:
+    if tokenizer.bos_token_id is None:
+        raise DataError("the prompt is empty and the tokenizer has no BOS to predict a token from.")
+    return [tokenizer.bos_token_id]
 
-    Text is tokenised jointly (prompt + completion), and apart where the joint ids do not begin with
-    the prompt's (a merge across the boundary; counted in a warning). A completion that came as text
-    ends with exactly one EOS. Raises DataError for a pair longer than `max_length` tokens.
+
+def _chat_ids(tokenizer, messages: list[dict], options: dict | None = None, **more) -> list[int]:
+    options = {**(options or {}), **more}
+    if not (tokenizer.chat_template or "chat_template" in options):
+        raise DataError(
+            "messages, but the tokenizer has no chat template: use plain text, or a model that was "
+            "made for chat."
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program of its own and may raise anything
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the chat template refuses these messages: {said}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # BOS is the template's affair
+
+
+def _with_eos(text: str, eos: str | None) -> str:
+    """The text with EOS at its end, exactly once; white space after an EOS is dropped."""
+    if eos is None:
+        return text
+    while text.rstrip().endswith(eos):
+        text = text.rstrip().removesuffix(eos)
+    return text + eos
+
+
+def prompt_and_answers(
+    tokenizer, prompt: Text, answers: Sequence[Text], options: dict | None = None
+) -> tuple[list[int], list[list[int]], bool]:
+    """Ids of a prompt and of each of its answers, and whether the prompt lost its end.
+
+    Prompt and answer are tokenised in one piece. Where a token spans the end of the prompt, or the
+    template closes the prompt in another way once an answer follows, the answers begin where the
+    ids part, and what the prompt loses is theirs:
+
+        "This mov" + "ie"  ->  [BOS, This, movie, EOS]  ->  prompt [BOS, This], answer [movie, EOS]
     """
-    tokenized, merged = [], 0
-    for i, pair in enumerate(pairs):
-        if pair.prompt_ids and pair.chosen_ids and pair.rejected_ids:
-            ids = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        else:
-            prompt_ids = tokenize_prompt(tokenizer, pair.prompt)
-            chosen_ids, chosen_apart = tokenize_completion(tokenizer, pair.prompt, pair.chosen)
-            rejected_ids, apart = tokenize_completion(tokenizer, pair.prompt, pair.rejected)
-            ids = TokenizedPair(prompt_ids, chosen_ids, rejected_ids)
-            merged += chosen_apart + apart
-        longest = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        check_length(f"pair {i}", longest, max_length)
-        tokenized.append(ids)
-    warn_of_merges(merged)
-    return tokenized
+    if isinstance(prompt, str):
+        eos = tokenizer.eos_token
+        alone = _text_ids(tokenizer, prompt)
+        wholes = [_text_ids(tokenizer, prompt + _with_eos(text, eos)) for text in answers]
+        wholes = [with_one_eos(ids, tokenizer.eos_token_id) for ids in wholes]
+    else:
+        alone = _chat_ids(tokenizer, prompt, options, add_generation_prompt=True)
+        wholes = [_chat_ids(tokenizer, [*prompt, *answer], options) for answer in answers]
+    end = min(shared_length(alone, whole) for whole in wholes)
+    if not all(whole[end:] for whole in wholes):
+        raise DataError("an answer is empty: the template gives it no token of its own.")
+    return alone[:end] or _bos_alone(tokenizer), [ids[end:] for ids in wholes], end < len(alone)
 
 
-def tokenize_labelled(rows: Sequence[dict], tokenizer, max_length: int) -> list[LabelledCompletion]:
+def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
+    """The ids ending in exactly one EOS (unchanged where the tokenizer has none)."""
+    if eos is None:
+        return ids
+    while ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return [*ids, eos]
+
+
+# --- sampled ids, and whose they are ---
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Eight hex digits that name a tokenizer: a hash of its tokens in the order of their ids."""
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
+
+
+def completion_text(tokenizer, prompt_ids: list[int], ids: list[int]) -> str:
+    """The text that `ids` add to the prompt's. Alone, some tokenizers (Llama 2's) decode the first
+    word of a completion without the space before it.
+    """
+    before, whole = _decoded(tokenizer, prompt_ids), _decoded(tokenizer, [*prompt_ids, *ids])
+    return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, ids)
+
+
+def _decoded(tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(
+        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def _sampled(pair: PreferencePair, tokenizer, mark, decode) -> TokenizedPair | None:
+    """The pair's own ids; None where another tokenizer made them, or they are not its texts'."""
+    ids = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    highest = max(map(max, (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)))
+    if highest >= len(tokenizer) or (pair.tokenizer and pair.tokenizer != mark()):
+        return None
+    if decode(tuple(ids.prompt_ids)) != pair.prompt:
+        if ids.prompt_ids != tokenize_prompt(tokenizer, pair.prompt):
+            return None
+    for answer, (prompt_ids, of_answer) in zip((pair.chosen, pair.rejected), ids.rows):
+        text = answer if isinstance(answer, str) else answer[-1]["content"]
+        if tokenizer.eos_token_id in of_answer[:-1]:
+            return None
+        if text != decode(tuple(of_answer)):
+            if text != completion_text(tokenizer, prompt_ids, of_answer):
+                return None
+    return ids
+
+
+# --- pairs and labelled completions ---
+
+
+def tokenize_pairs(
+    pairs: Sequence[PreferencePair], tokenizer, max_length: int, drop_long: bool = False
+) -> list[TokenizedPair]:
+    """Token ids of pairs: those that were sampled where they are this tokenizer's and give back the
+    pair's text, otherwise the text's (`prompt_and_answers`).
+
+    Raises DataError where chosen and rejected are the same tokens, and for a pair longer than
+    `max_length` tokens: cut, it would not be what was preferred. `drop_long` drops it. Warns, with
+    the count, of pairs that were dropped, tokenised anew, or whose prompt lost its end.
+    """
+    mark = cache(lambda: tokenizer_fingerprint(tokenizer))  # only where a pair asks for it
+    decode = cache(lambda ids: _decoded(tokenizer, ids))  # a completion is in several pairs
+
+    def ids_of(pair: PreferencePair) -> tuple[TokenizedPair, list[str]]:
+        ids = _sampled(pair, tokenizer, mark, decode) if pair.prompt_ids else None
+        notes = [ANEW] if pair.prompt_ids and not ids else []
+        if ids is None:
+            texts, options = (pair.chosen, pair.rejected), pair.chat_template_kwargs
+            prompt_ids, answers, cut = prompt_and_answers(tokenizer, pair.prompt, texts, options)
+            ids, notes = TokenizedPair(prompt_ids, *answers), notes + [CUT] * cut
+        if ids.chosen_ids == ids.rejected_ids:
+            raise DataError("chosen equals rejected, token for token. Drop the row.")
+        return ids, notes
+
+    return _of_each(pairs, ids_of, max_length, drop_long)
+
+
+def tokenize_labelled(
+    rows: Sequence[dict], tokenizer, max_length: int, drop_long: bool = False
+) -> list[LabelledCompletion]:
     """Rows with the columns `prompt`, `completion`, `label` (TRL's names; true is desirable),
     tokenised as in `tokenize_pairs`. Raises DataError for a missing column or another label.
     """
-    tokenized, merged = [], 0
-    for i, row in enumerate(rows):
-        where = f"line {row['_line']}" if "_line" in row else f"row {i}"
-        if not all(isinstance(row.get(c), str) for c in ("prompt", "completion")):
-            raise DataError(f"{where}: expected texts in the columns 'prompt' and 'completion'.")
-        if row.get("label") not in (True, False):
-            raise DataError(f"{where}: 'label' must be true or false, got {row.get('label')!r}.")
-        prompt_ids = tokenize_prompt(tokenizer, row["prompt"])
-        ids, apart = tokenize_completion(tokenizer, row["prompt"], row["completion"])
-        merged += apart
-        check_length(where, len(prompt_ids) + len(ids), max_length)
-        tokenized.append((prompt_ids, ids, bool(row["label"])))
-    warn_of_merges(merged)
-    return labelled_completions(tokenized)
 
-
-def tokenize_completion(tokenizer, prompt: str, text: str) -> tuple[list[int], bool]:
-    """A completion's token ids, ending in exactly one EOS, and whether it had to be tokenised apart
-    from its prompt.
-    """
-    prompt_ids, joint = (tokenize_prompt(tokenizer, t) for t in (prompt, prompt + text))
-    apart = joint[: len(prompt_ids)] != prompt_ids
-    ids = joint[len(prompt_ids) :]
-    if apart:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return with_one_eos(ids, tokenizer.eos_token_id), apart
-
-
-def check_length(where: str, length: int, max_length: int) -> None:
-    if length > max_length:
-        raise DataError(
-            f"{where} has {length} tokens, more than the model's context of {max_length}. "
-            "Shorten or drop it: cut silently, it would not be what was preferred."
+    def ids_of(answer: LabelledAnswer) -> tuple[LabelledCompletion, list[str]]:
+        prompt_ids, (ids,), cut = prompt_and_answers(
+            tokenizer, answer.prompt, [answer.completion], answer.chat_template_kwargs
         )
+        return LabelledCompletion(prompt_ids, ids, answer.desirable, []), [CUT] * cut
+
+    items = _of_each(labelled_answers(rows), ids_of, max_length, drop_long)
+    return labelled_completions(
+        [(item.prompt_ids, item.completion_ids, item.desirable) for item in items], max_length
+    )
 
 
-def warn_of_merges(count: int) -> None:
-    if count:
-        said = f"{count} completions were tokenised apart: a token spans the end of the prompt."
-        warnings.warn(said, stacklevel=3)
+CUT = "have a prompt whose last tokens change once the answer follows: the answer begins there"
+ANEW = "have ids of another tokenizer or text: their text was tokenised anew"
+LONG = "were dropped: they are longer than the model's context"
+
+
+def _of_each(items: Sequence, ids_of: Callable, max_length: int, drop_long: bool) -> list:
+    """`ids_of` each item, errors with the item's place, too long ones refused or dropped."""
+    kept, notes = [], Counter()
+    for i, item in enumerate(items, start=1):
+        where = item.where or f"pair {i}"
+        try:
+            ids, its_notes = ids_of(item)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error.__cause__
+        length = max(len(prompt) + len(completion) for prompt, completion in ids.rows)
+        if length <= max_length:
+            kept.append(ids)
+        elif not drop_long:
+            raise DataError(
+                f"{where} has {length} tokens, more than the model's context of {max_length}. "
+                "Shorten it, or drop such rows (drop_long): cut silently, it would not be what was "
+                "preferred."
+            )
+        notes.update(its_notes if length <= max_length else [LONG])
+    if items and not kept:
+        raise DataError(f"all {len(items)} rows are longer than the model's context: none is left.")
+    for note, count in notes.items():
+        warnings.warn(f"{count} of {len(items)} rows {note}.", stacklevel=3)
+    return kept
 
 
 def labelled_completions(
-    rows: Sequence[tuple[list[int], list[int], bool]],
+    rows: Sequence[tuple[list[int], list[int], bool]], max_length: int | None = None
 ) -> list[LabelledCompletion]:
     """(prompt ids, completion ids, called good?) as `LabelledCompletion`s. Each is given the
     completion at its own place in the next run of rows with one prompt, so that good and bad ones
-    are given alike. Raises DataError where all answer one prompt.
+    are given alike; the last run is given the first's. Of prompts A, A, B:
+
+        (A, [1], True), (A, [2], False), (B, [3], True)  ->  other_ids [3], [3], [1]
+
+    The other completion is cut where it would pass `max_length` after this prompt: it only serves
+    an estimate. Raises DataError where all answer one prompt.
     """
     runs: list[list[int]] = []
     for i, (prompt, *_) in enumerate(rows):
@@ -145,39 +292,40 @@ def labelled_completions(
         runs[0] = runs.pop() + runs[0]
     others = {}
     for run, following in zip(runs, runs[1:] + runs[:1]):
-        others |= {i: rows[following[k % len(following)]][1] for k, i in enumerate(run)}
+        for k, i in enumerate(run):
+            room = None if max_length is None else max_length - len(rows[i][0])
+            others[i] = rows[following[k % len(following)]][1][:room]
     return [LabelledCompletion(*row, others[i]) for i, row in enumerate(rows)]
 
 
-def unpaired(pairs: Sequence[TokenizedPair]) -> list[LabelledCompletion]:
+def unpaired(
+    pairs: Sequence[TokenizedPair], max_length: int | None = None
+) -> list[LabelledCompletion]:
     """Each pair as two labelled completions: the chosen is desirable, the rejected is not."""
     rows = [
         (pair.prompt_ids, ids, desirable)
         for pair in pairs
         for ids, desirable in ((pair.chosen_ids, True), (pair.rejected_ids, False))
     ]
-    return labelled_completions(rows)
-
-
-def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
-    """The ids ending in exactly one EOS (unchanged where the tokenizer has none)."""
-    if eos is None:
-        return ids
-    while ids and ids[-1] == eos:
-        ids = ids[:-1]
-    return [*ids, eos]
+    return labelled_completions(rows, max_length)
 
 
 def text_items(
     texts: Sequence[str], tokenizer, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Texts as (prompt ids, completion ids) for SFT: all tokens, and EOS, after BOS alone (EOS
-    where there is no BOS); cut to `max_length` tokens.
+    """Texts as (prompt ids, completion ids) for SFT: after the first token, which nothing predicts
+    (BOS where the tokenizer adds it), all tokens and EOS; cut to `max_length` tokens.
+
+    Raises DataError for a blank text, and for a tokenizer without EOS.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = [bos if bos is not None else eos]
-    rows = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-    return [(start, with_one_eos(ids, eos)[: max_length - 1]) for ids in rows]
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no EOS: a model that never saw one would never stop.")
+    for i, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"text {i} is blank: there is nothing to learn from it.")
+    rows = [with_one_eos(_text_ids(tokenizer, text), eos)[:max_length] for text in texts]
+    return [(ids[:1], ids[1:]) for ids in rows]
 
 
 class Batch(NamedTuple):

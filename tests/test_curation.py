@@ -8,6 +8,8 @@ import torch
 
 from dpo_mini import curation
 from dpo_mini.data import DataError, PreferencePair, preference_pairs
+from dpo_mini.sampling import Completion
+from dpo_mini.tokens import tokenizer_fingerprint
 
 PAIR = PreferencePair("A film", " that shines", " that sinks", [0], [1, 2], [3], 1.5, -0.5)
 
@@ -95,13 +97,45 @@ def test_trl_reads_the_conversational_format():
     assert is_conversational(curation.conversational(PAIR))
 
 
-def test_conversations_come_back_as_pairs(tokenizer):
-    import copy
+def test_conversations_come_back_as_pairs():
+    (pair,) = preference_pairs([curation.conversational(PAIR)])
+    assert curation.conversational(pair) == curation.conversational(PAIR)
+    (pair,) = preference_pairs([curation.llama_factory(PAIR)])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("A film", " that shines", " that sinks")
 
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    (pair,) = preference_pairs([curation.conversational(PAIR)], chat)
-    assert pair.prompt == "<user>A film<assistant>" and pair.chosen == " that shines"
+
+def test_filters_read_conversations_too():
+    (pair,) = preference_pairs([curation.conversational(PAIR)])
+    pair = replace(pair, chosen_reward=1.0, rejected_reward=0.0)
+    assert curation.best_and_worst([pair]) == curation.without_near_duplicates([pair, pair])
+    (again,) = curation.relabel([pair], lambda texts: torch.tensor([len(t) for t in texts]) + 0.0)
+    assert again.prompt == pair.prompt and again.chosen == pair.chosen
+
+
+def test_prefixes_never_cut_a_character(tokenizer):
+    texts = ["这部电影很好看，我喜欢它。", "とても面白い映画でした。", "👩‍👧 émigré film", "a plain text"]
+    for n in (1, 2, 3):
+        prompts = curation.prefixes(texts, tokenizer, 4, low=n, high=n)
+        for prompt in prompts:
+            assert prompt and "\ufffd" not in prompt
+            assert any(text.startswith(prompt) for text in texts)
+
+
+def test_prefixes_of_plain_text_are_its_first_tokens(tokenizer):
+    texts = [f"A film number {i} that nobody has seen but me." for i in range(40)]
+    for prompt in curation.prefixes(texts, tokenizer, 40):
+        (text,) = [t for t in texts if t.startswith(prompt)][:1]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        n = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        assert 2 <= n <= 8 and tokenizer.decode(ids[:n]) == prompt
+
+
+def test_pairs_of_samples_say_whose_ids_they_are(tokenizer):
+    samples = [[Completion("p", text, [0], [i]) for i, text in enumerate(("a", "b"), start=1)]]
+    rewards = torch.tensor([0.0, 1.0])
+    ((pair,), _) = curation.pairs_from_samples(samples, rewards, tokenizer=tokenizer)
+    assert pair.tokenizer == tokenizer_fingerprint(tokenizer)
+    assert curation.swapped(pair).tokenizer == pair.tokenizer
+    chat = [[replace(c, prompt=[{"role": "user", "content": "p"}]) for c in samples[0]]]
+    ((pair,), _) = curation.pairs_from_samples(chat, torch.tensor([0.0, 1.0]))
+    assert pair.chosen == [{"role": "assistant", "content": "b"}] and pair.tokenizer is None

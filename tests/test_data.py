@@ -1,9 +1,11 @@
 """The door: what is refused, with which words, and how text becomes tokens."""
 
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from dpo_mini.curation import pairs_from_samples
 from dpo_mini.data import DataError, PreferencePair, preference_pairs, read_rows, write_jsonl
@@ -47,8 +49,8 @@ def test_malformed_jsonl_is_told_with_its_line(tmp_path, content, words):
         ({"chosen": None}, ["'chosen' is missing", "line 2"]),
         ({"rejected": ""}, ["rejected is empty"]),
         ({"rejected": " was great."}, ["chosen equals rejected"]),
-        ({"chosen": [{"role": "assistant", "content": "x"}]}, ["three texts or three lists"]),
-        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["three texts"]),
+        ({"chosen": [{"role": "assistant", "content": "x"}]}, ["two texts or two lists"]),
+        ({"prompt": 3, "chosen": 4, "rejected": 5}, ["line 2", "'prompt' must be text"]),
     ],
 )
 def test_bad_rows_are_refused_with_their_line(tmp_path, change, words):
@@ -70,12 +72,9 @@ def test_pairs_survive_a_round_trip(tmp_path):
 
 def test_text_pairs_begin_with_bos_and_end_with_one_eos(tokenizer):
     (ids,) = tokenize_pairs(preference_pairs([ROW]), tokenizer, 64)
-    assert ids.prompt_ids == [0, *tokenizer("This movie")["input_ids"]]
-    assert ids.prompt_ids + ids.chosen_ids == [
-        0,
-        *tokenizer("This movie was great.")["input_ids"],
-        0,
-    ]
+    assert ids.prompt_ids == tokenizer("This movie")["input_ids"]
+    assert ids.prompt_ids[0] == 0 and 0 not in ids.prompt_ids[1:]
+    assert ids.prompt_ids + ids.chosen_ids == [*tokenizer("This movie was great.")["input_ids"], 0]
     twice = {**ROW, "chosen": " was great.<|endoftext|>", "prompt": "<|endoftext|>This movie"}
     (again,) = tokenize_pairs(preference_pairs([twice]), tokenizer, 64)
     assert again == ids
@@ -83,21 +82,22 @@ def test_text_pairs_begin_with_bos_and_end_with_one_eos(tokenizer):
 
 def test_an_empty_prompt_is_bos_alone(tokenizer):
     assert tokenize_prompt(tokenizer, "") == [0]
-    import copy
-
     without_bos = copy.deepcopy(tokenizer)
+    without_bos.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
+    assert tokenize_prompt(without_bos, "") == [0]
     without_bos.bos_token = None
     with pytest.raises(DataError, match="no BOS"):
         tokenize_prompt(without_bos, "")
-    assert tokenize_prompt(without_bos, "This") == tokenizer("This")["input_ids"]
+    assert tokenize_prompt(without_bos, "This") == without_bos("This")["input_ids"] == [956]
 
 
-def test_a_merge_across_the_boundary_is_counted_and_keeps_the_prompt(tokenizer):
+def test_a_merge_across_the_boundary_is_counted_and_loses_no_character(tokenizer):
     row = {"prompt": "This mov", "chosen": "ie was fine", "rejected": "es"}
-    with pytest.warns(UserWarning, match="tokenised apart"):
+    with pytest.warns(UserWarning, match="1 of 1 rows have a prompt whose last tokens change"):
         (ids,) = tokenize_pairs(preference_pairs([row]), tokenizer, 64)
-    assert ids.prompt_ids == [0, *tokenizer("This mov")["input_ids"]]
+    assert ids.prompt_ids == tokenizer("This")["input_ids"]
     assert tokenizer.decode(ids.prompt_ids[1:] + ids.chosen_ids[:-1]) == "This movie was fine"
+    assert tokenizer.decode(ids.prompt_ids[1:] + ids.rejected_ids[:-1]) == "This moves"
 
 
 def test_a_pair_longer_than_the_context_is_refused_not_cut(tokenizer):
@@ -105,15 +105,15 @@ def test_a_pair_longer_than_the_context_is_refused_not_cut(tokenizer):
         tokenize_pairs(preference_pairs([{**ROW, "chosen": " great" * 20}]), tokenizer, 8)
 
 
-def test_sampled_ids_are_kept_even_where_the_text_reads_otherwise(tokenizer):
-    pair = PreferencePair("This", "ab", "c", [0, 9], [65, 66], [70, 0])
+def test_sampled_ids_are_kept_where_the_text_would_be_tokenised_otherwise(tokenizer):
+    a, b = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in ("mov", "ie"))
+    pair = PreferencePair("This", "movie", "b", [0, 956], [*a, *b], [66, 0])
+    assert tokenizer("movie", add_special_tokens=False)["input_ids"] != [*a, *b]
     (ids,) = tokenize_pairs([pair], tokenizer, 16)
-    assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([0, 9], [65, 66], [70, 0])
+    assert (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids) == ([0, 956], [*a, *b], [66, 0])
 
 
 def test_conversations_pass_through_the_chat_template(tokenizer):
-    import copy
-
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -124,14 +124,15 @@ def test_conversations_pass_through_the_chat_template(tokenizer):
         "chosen": [{"role": "assistant", "content": "Great."}],
         "rejected": [{"role": "assistant", "content": "Bad."}],
     }
-    (pair,) = preference_pairs([row], chat)
-    assert (
-        pair.prompt == "<user>Review it.\n<assistant>"
-        and pair.chosen == "Great.\n"
-        and pair.rejected == "Bad.\n"
-    )
-    with pytest.raises(DataError, match="no chat template"):
-        preference_pairs([row], tokenizer)
+    pairs = preference_pairs([row])
+    assert vars(pairs[0]).items() >= row.items()
+    (ids,) = tokenize_pairs(pairs, chat, 64)
+    assert tokenizer.decode(ids.prompt_ids) == "<user>Review it.\n<assistant>"
+    assert tokenizer.decode(ids.chosen_ids) == "Great.\n"
+    assert tokenizer.decode(ids.rejected_ids) == "Bad.\n"
+    with pytest.raises(DataError, match="row 1: messages, but the tokenizer has no chat template"):
+        tokenize_pairs(pairs, tokenizer, 64)
+    assert 0 not in ids.prompt_ids  # this template writes no BOS, so there is none
 
 
 LABELLED = [
@@ -147,17 +148,20 @@ def test_labelled_rows_are_tokenised_like_pairs(tokenizer):
     assert (first.desirable, second.desirable) == (True, False)
     assert first.other_ids == second.completion_ids and second.other_ids == first.completion_ids
     row = {"prompt": "This mov", "completion": "ie was fine", "label": True}
-    with pytest.warns(UserWarning, match="1 completions were tokenised apart"):
+    with pytest.warns(UserWarning, match="1 of 2 rows have a prompt whose last tokens change"):
         tokenize_labelled([row, LABELLED[1]], tokenizer, 64)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"completion": None}, ["line 2", "'prompt' and 'completion'"]),
-        ({"prompt": ["This"]}, ["line 2", "expected texts"]),
+        ({"completion": None}, ["line 2", "'completion' is missing"]),
+        ({"completion": "  "}, ["line 2", "completion is blank"]),
+        ({"completion": ""}, ["line 2", "completion is empty"]),
+        ({"prompt": 7}, ["line 2", "'prompt' must be text or a list of messages, got a number"]),
+        ({"prompt": None}, ["line 2", "'prompt' is missing"]),
         ({"label": "yes"}, ["line 2", "'label' must be true or false, got 'yes'"]),
-        ({"label": None}, ["line 2", "got None"]),
+        ({"label": None}, ["line 2", "'label' is missing"]),
         ({"label": 2}, ["line 2", "got 2"]),
         ({"completion": " great" * 30}, ["line 2 has", "more than the model's context of 16"]),
         ({"prompt": "This movie"}, ["all completions answer one prompt"]),
@@ -244,6 +248,6 @@ def test_bradley_terry_labels_err_as_often_as_the_reward_says():
     assert abs(right - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
 
 
-def test_an_unreadable_folder_is_told(tmp_path):
-    with pytest.raises(DataError, match="train\\*.parquet"):
+def test_a_folder_without_data_is_told(tmp_path):
+    with pytest.raises(DataError, match="no split 'train'; it has no file that can be read"):
         read_rows(tmp_path)
