@@ -21,7 +21,6 @@ TRAINING_FILES = (
     "samples.jsonl", "pairs.jsonl", "held_out_pairs.jsonl", "training.png", "before_after.png",
 )  # fmt: skip
 PRETRAINING_FILES = ("pretraining.json", "corpus.*", "checkpoint.pt", "checkpoint.tmp")
-EVALUATION_FILES = ("report.json", "samples.jsonl")
 
 
 def is_main_process() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_mini.hub import HubError
-from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, load_model
+from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, context_length, load_model
 
 
 class SentimentHead(nn.Module):
@@ -82,29 +82,79 @@ class SentimentReward:
         return totals / counts
 
 
-class ClassifierReward:
-    """Any two-class classifier, such as siebert/sentiment-roberta-large-english, or a folder."""
+# Labels that say which class is the good one; compared in lower case, letters only.
+GOOD_WORDS = {"positive", "pos", "good", "nontoxic", "nottoxic", "safe", "helpful", "harmless",
+              "acceptable", "preferred", "chosen", "nothate", "nonhate"}  # fmt: skip
+BAD_WORDS = {"negative", "neg", "bad", "toxic", "unsafe", "unhelpful", "harmful", "unacceptable",
+             "rejected", "hate", "offensive", "toxicity"}  # fmt: skip
 
-    def __init__(self, name: str):
+
+class ClassifierReward:
+    """A reward model or a classifier, such as siebert/sentiment-roberta-large-english, or a folder.
+
+    One output is the reward itself. Of several labels the reward is the logit of P(positive),
+    log p - log(1 - p). `positive` names that label; without it the labels must say it by a known
+    word, and HubError names them where they do not. Texts are cut at the model's context.
+    """
+
+    def __init__(self, name: str, positive: str | None = None):
         from transformers import AutoModelForSequenceClassification
 
         self.model, self.tokenizer = load_model(name, AutoModelForSequenceClassification)
-        labels = {label.lower(): i for i, label in self.model.config.id2label.items()}
-        if len(labels) != 2:
-            raise HubError(
-                f"{name} has the labels {sorted(labels)}; expected two, one of them positive."
-            )
-        self.positive = next((i for label, i in labels.items() if label.startswith("pos")), 1)
+        config = self.model.config
+        labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+        self.positive = positive_label(name, labels, positive)
+        # With one output, or one yes-or-no for each label, an output is a logit already.
+        self.is_logit = len(labels) == 1 or config.problem_type == "multi_label_classification"
+        if config.get_text_config().pad_token_id is None:
+            config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.longest = min(self.tokenizer.model_max_length, context_length(self.model))
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        logits = []
-        for i in range(0, len(texts), batch_size):
-            chunk = list(texts[i : i + batch_size])
-            inputs = self.tokenizer(chunk, padding=True, truncation=True, return_tensors="pt")
-            scores = self.model(**inputs.to(self.model.device)).logits.float().cpu()
-            logits.append(scores[:, self.positive] - scores[:, 1 - self.positive])
+        pads = self.tokenizer.pad_token is not None
+        size, logits = batch_size if pads else 1, [torch.empty(0)]
+        for i in range(0, len(texts), size):
+            inputs = self.tokenizer(
+                list(texts[i : i + size]), padding=pads, truncation=True, max_length=self.longest,
+                return_tensors="pt",
+            )  # fmt: skip
+            outputs = self.model(**inputs.to(self.model.device)).logits.float().cpu()
+            logits.append(self.logits_of(outputs))
         return torch.cat(logits)
+
+    def logits_of(self, outputs: Tensor) -> Tensor:
+        """[texts, labels] -> [texts]."""
+        chosen = outputs[:, self.positive]
+        if self.is_logit:
+            return chosen
+        others = [i for i in range(outputs.shape[1]) if i != self.positive]
+        return chosen - outputs[:, others].logsumexp(1)
+
+
+def positive_label(name: str, labels: list[str], positive: str | None = None) -> int:
+    """Which of a classifier's labels is the positive one.
+
+    `positive` names it; otherwise a known word does: one good label, or of two labels one bad one.
+    Raises HubError where neither decides: a guess could train a model to do the opposite.
+    """
+    if positive is not None:
+        if positive not in labels:
+            raise HubError(f"{name} has no label {positive!r}; its labels are {labels}.")
+        return labels.index(positive)
+    if len(labels) == 1:
+        return 0
+    words = [re.sub(r"[^a-z]", "", label.lower()) for label in labels]
+    good = [i for i, word in enumerate(words) if word in GOOD_WORDS]
+    bad = [i for i, word in enumerate(words) if word in BAD_WORDS]
+    if len(good) == 1:
+        return good[0]
+    if not good and len(bad) == 1 and len(labels) == 2:
+        return 1 - bad[0]
+    raise HubError(
+        f"{name} has the labels {labels}, and no known word says which one is to be rewarded. Name "
+        f"it: load_reward({str(name)!r}, positive={labels[-1]!r}), say."
+    )
 
 
 class WordJudge:
@@ -128,10 +178,12 @@ class WordJudge:
         return torch.tensor(scores) + self.bias
 
 
-def load_reward(name=EMBEDDED):
-    """The embedded sentiment reward, or the classifier of that name (a folder, or on the Hub)."""
+def load_reward(name=EMBEDDED, positive: str | None = None):
+    """The embedded sentiment reward, or the reward model or classifier of that name (a folder, or
+    on the Hub), whose label `positive` is rewarded: see `ClassifierReward`.
+    """
     if name != EMBEDDED:
-        return ClassifierReward(name)
+        return ClassifierReward(name, positive)
     from safetensors.torch import load_file
 
     model, tokenizer = load_model()

@@ -68,6 +68,7 @@ def sample_completions(
     check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
     check_whole("batch_size", batch_size, 1, MOST_ITEMS, "Try 256.")
     check_real("temperature", temperature, 0, "1 is the model's own distribution, 0 is greedy.")
+    check_characters(prompts)
     tokenized = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts]
     check_room(model, tokenizer, [ids for _, ids in tokenized], max_new_tokens)
     rows = [row for row in tokenized for _ in range(n)]
@@ -82,6 +83,14 @@ def sample_completions(
             text = completion_text(tokenizer, prompt_ids, ids)
             completions.append(Completion(prompt, text, prompt_ids, ids))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def check_characters(prompts: Sequence[Text]) -> None:
+    """Raises DataError for half of a surrogate pair, which is no character: no tokenizer reads it."""
+    for i, prompt in enumerate(prompts):
+        texts = [prompt] if isinstance(prompt, str) else [str(m.get("content")) for m in prompt]
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise DataError(f"prompt {i + 1} holds half of a surrogate pair (such as \\ud83d alone).")
 
 
 def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> None:

@@ -93,24 +93,13 @@ def begins_one_of(prompt: str, texts: list[str]) -> bool:
     return place < len(texts) and texts[place].startswith(prompt)
 
 
-def as_asked(options, prompts, model, tokenizer) -> list:
-    """The prompts as the model is to read them: with --chat as a user's messages.
+def as_asked(options, prompts, tokenizer) -> list:
+    """The prompts as the model is to read them: with --chat each as a user's message.
 
-    Raises DataError where the tokenizer has no chat template, or where prompt and completion do
-    not fit into the model's context.
+    Raises DataError where the tokenizer has no chat template.
     """
-    from dpo_mini.models import context_length
-    from dpo_mini.tokens import tokenize_prompt
-
-    if options.chat and not tokenizer.chat_template:
+    if not options.chat:
+        return list(prompts)
+    if not tokenizer.chat_template:
         raise DataError(f"{options.model} has no chat template: leave out --chat.")
-    if options.chat:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    longest = max(len(tokenize_prompt(tokenizer, prompt)) for prompt in prompts)
-    context = context_length(model)
-    if longest + options.max_new_tokens > context:
-        raise DataError(
-            f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} are more "
-            f"than the model's context of {context}: shorten one of them."
-        )
-    return list(prompts)
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -17,7 +17,6 @@ from dpo_mini.console import command, comparison, one_line, say
 from dpo_mini.data import DataError
 from dpo_mini.options import Options, TrainingOptions, option
 from dpo_mini.outputs import (
-    EVALUATION_FILES,
     MODEL_FILES,
     PRETRAINING_FILES,
     TRAINING_FILES,
@@ -192,7 +191,7 @@ class Pairs(PromptOptions, OutputOptions):
         model, tokenizer = load_model(self.model)
         reward = load_reward(self.reward, self.positive)
         prompts, _ = chosen_prompts(self, tokenizer, self.split, held_out=False)
-        prompts = as_asked(self, prompts, model, tokenizer)
+        prompts = as_asked(self, prompts, tokenizer)
         pairs, ties = sampled_pairs(
             model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
             self.labels, self.seed, not self.json,
@@ -311,7 +310,7 @@ class Evaluate(PromptOptions, OutputOptions):
         """Policy, reference and their tokenizer. Raises DataError where they do not belong
         together.
         """
-        from dpo_mini.models import load_model
+        from dpo_mini.models import load_model, same_tokenizer
 
         policy, tokenizer = load_model(self.model)
         name, digest = self.reference, None
@@ -356,9 +355,8 @@ class Evaluate(PromptOptions, OutputOptions):
         policy, reference, tokenizer = self.models()
         reward = load_reward(self.reward, self.positive)
         prompts, heading = chosen_prompts(self, tokenizer, self.split, held_out=True)
-        prompts = as_asked(self, prompts, policy, tokenizer)
+        prompts = as_asked(self, prompts, tokenizer)
         accuracy = self.pair_accuracy(policy, reference, tokenizer) if self.pairs else {}
-        empty_of_earlier_run(folder, EVALUATION_FILES, [self.prompts, self.dataset, self.pairs])
         report, rows = evaluate(
             policy, reference, tokenizer, prompts, reward, load_judge(), self.samples,
             self.max_new_tokens, self.seed, not self.json,
@@ -387,21 +385,20 @@ class Sample(SamplingOptions):
         model, tokenizer = load_model(self.model)
         reward = load_reward(self.reward, self.positive)
         asked = self.prompt or ("This movie", "I watched this", "The acting")
-        prompts = as_asked(self, asked, model, tokenizer)
+        prompts = as_asked(self, asked, tokenizer)
         drawn = sample_completions(
             model, tokenizer, prompts, self.samples, self.max_new_tokens, self.temperature,
             self.seed,
         )  # fmt: skip
-        samples = [(text, c.text) for text, row in zip(asked, drawn) for c in row]
-        between = " " if self.chat else ""  # a message ends; a text goes on
-        texts = [prompt + between + text for prompt, text in samples]
+        completions = [c for row in drawn for c in row]
+        texts = [c.full_text for c in completions]  # of a chat the answer alone, without markup
         chances = reward(texts).sigmoid().tolist()
         for text, chance in zip(texts, chances):
             say(self, f"[{chance:.2f}] {one_line(text)}")
         return {
             "samples": [
-                {"prompt": prompt, "text": text, "positive": chance}
-                for (prompt, text), chance in zip(samples, chances)
+                {"prompt": c.prompt, "text": c.text, "positive": chance}
+                for c, chance in zip(completions, chances)
             ]
         }
 
@@ -653,15 +650,6 @@ def finish_training(options, model, tokenizer, log, data, base, settings) -> dic
 
 
 # --- what the verbs share: models ---
-
-
-def same_tokenizer(one, other) -> bool:
-    probe = "The plot, 1234: naïve café? 这部电影\n\n  I'd\tsay"
-    return (
-        one.get_vocab() == other.get_vocab()
-        and one(probe)["input_ids"] == other(probe)["input_ids"]
-        and one.eos_token_id == other.eos_token_id
-    )
 
 
 def next_steps(folder, model) -> str:
