@@ -37,10 +37,6 @@ def check_real(name: str, value, least: float, advice: str, above=False) -> None
         raise SettingsError(f"{name} must be a number, {bound}, got {value!r}. {advice}")
 
 
-class SettingsError(ValueError):
-    """A setting is out of range; the message says which, what was expected and what came."""
-
-
 @dataclass(frozen=True)
 class TrainingConfig:
     """How to train; what to minimise is the objective's business.

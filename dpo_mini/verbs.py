@@ -649,9 +649,6 @@ def finish_training(options, model, tokenizer, log, data, base, settings) -> dic
     return report
 
 
-# --- what the verbs share: models ---
-
-
 def next_steps(folder, model) -> str:
     sample = command("sample", "--model", model, "--prompt", "The plot")
     return f"\nEverything is in {folder}. Look at it, then talk to the model:\n  {sample}"
