@@ -149,7 +149,7 @@ def base_model(folder: str) -> tuple[str, str | None]:
             f"{folder} has no card that says what it was trained from: give --reference."
         )
     name = found[1].strip("\"'")
-    digest = re.search(r"^base_weights: (\w+)$", front_matter(folder), flags=re.M)
+    digest = re.search(r'^base_weights: "?(\w+)"?$', front_matter(folder), flags=re.M)
     beside = [Path(folder).resolve().parent / name, Path(name)]
     places = [str(path) for path in beside if (path / "config.json").exists()]
     return (places or [name])[0], digest and digest[1]

@@ -9,6 +9,8 @@ from dpo_mini.console import say
 from dpo_mini.data import DataError
 from dpo_mini.outputs import shown_name
 
+TEST, TENTH = "the test split", "the tenth that is never trained on"
+
 
 def texts_of(source, split: str | None, held_out: bool) -> tuple[list[str], str]:
     """Texts of a data set and what to call them, so that what trains and what evaluates never meet.
@@ -22,7 +24,7 @@ def texts_of(source, split: str | None, held_out: bool) -> tuple[list[str], str]
         raise DataError(f"{source} is a file and has no splits: leave out --split.")
     whole = has_test_split(source)
     if held_out and whole and split in (None, "test"):
-        return read_texts(source, "test"), "the test split"
+        return read_texts(source, "test"), TEST
     texts = read_texts(source, split or "train")
     if split not in (None, "train"):
         return texts, f"the split {split}"
@@ -31,7 +33,7 @@ def texts_of(source, split: str | None, held_out: bool) -> tuple[list[str], str]
         if not tenth:
             raise DataError(f"{source} has no test split, and {len(texts)} texts are too few to "
                             "keep a tenth for evaluation.")  # fmt: skip
-        return tenth, "the tenth that is never trained on"
+        return tenth, TENTH
     return texts if whole else [t for t in texts if not in_held_out_tenth(t)], "the split train"
 
 
@@ -72,10 +74,9 @@ def chosen_prompts(options, tokenizer, split, held_out: bool) -> tuple[list[str]
     elif options.dataset:
         texts, name = texts_of(options.dataset, split, held_out)
         prompts = prefixes(texts, tokenizer, len(texts), seed=options.seed)
-        heading = f"prompts of {name}"
-        if held_out and name != "the split train":
-            heading = "held-out prompts"
-        if name == "the tenth that is never trained on":
+        apart = name in (TEST, TENTH)
+        heading = "held-out prompts" if apart else f"prompts of {name}"
+        if name == TENTH:
             say(options, f"{shown_name(options.dataset)} has no test split: prompts are of {name}.")
             trained_on = sorted(texts_of(options.dataset, None, False)[0])
             prompts = [p for p in prompts if not begins_one_of(p, trained_on)]

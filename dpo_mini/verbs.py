@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -334,15 +335,19 @@ class Evaluate(PromptOptions, OutputOptions):
     def pair_accuracy(self, policy, reference, tokenizer) -> dict:
         from dpo_mini.data import preference_pairs, read_rows
         from dpo_mini.evaluation import held_out_accuracy
-        from dpo_mini.models import context_length
+        from dpo_mini.models import ANY_LENGTH, context_length
         from dpo_mini.reference import reference_logps
         from dpo_mini.tokens import tokenize_pairs
 
         split = self.split or ("test" if has_test_split(self.pairs) else "train")
         pairs, length = preference_pairs(read_rows(self.pairs, split)), context_length(policy)
-        if self.drop_long:  # one by one, so that a pair and its ids stay together
-            pairs = [p for p in pairs if tokenize_pairs([p], tokenizer, length, drop_long=True)]
-        tokenized = tokenize_pairs(pairs, tokenizer, length)
+        tokenized = tokenize_pairs(pairs, tokenizer, ANY_LENGTH if self.drop_long else length)
+        fits = [max(len(p) + len(c) for p, c in ids.rows) <= length for ids in tokenized]
+        if not any(fits):
+            raise DataError(f"all {len(pairs)} pairs are longer than the context of {length}.")
+        if not all(fits):
+            say(self, f"{fits.count(False)} pairs longer than the context of {length} are dropped.")
+        pairs, tokenized = list(compress(pairs, fits)), list(compress(tokenized, fits))
         logps = [reference_logps(model, tokenized) for model in (policy, reference)]
         return held_out_accuracy(*logps, pairs, self.beta)
 

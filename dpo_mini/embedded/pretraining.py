@@ -159,7 +159,8 @@ def pretrain(
     output = Path(output)
     shape = {"layers": layers, "width": width, "heads": heads, "context": context}
     course = {"steps": steps, "batch_size": batch_size, "muon_lr": muon_lr, "adam_lr": adam_lr}
-    claim_folder(output, {**shape, "vocabulary": vocabulary, **course, "seed": seed}, texts)
+    identity = {**shape, "vocabulary": vocabulary, **course, "seed": seed}
+    bf16 = claim_folder(output, identity, texts, bf16)
     tokenizer, stream, starts = corpus(texts, output, vocabulary)
     if len(stream) < context + 2:
         raise DataError(
@@ -172,7 +173,6 @@ def pretrain(
     model = new_model(len(tokenizer), **shape).to(device)
     optimizers = new_optimizers(model, muon_lr, adam_lr)
     windows = Windows(stream, starts, context, steps, batch_size, seed)
-    bf16 = bfloat16_pays(device) if bf16 is None else bf16
 
     def quality() -> float:
         return bits_per_byte(model, tokenizer, held_out, min(127, context))
@@ -224,8 +224,9 @@ def stretch(model, optimizers, windows, bf16, output, quality, stop_after) -> bo
     return True
 
 
-def claim_folder(output: Path, identity: dict, texts) -> None:
+def claim_folder(output: Path, identity: dict, texts, bf16: bool | None) -> bool:
     """Make the folder this run's, or see that it already is, and remove what a kill left half.
+    Returns whether to use bfloat16: a trial decides it once, and later stretches keep to it.
 
     Raises TrainingError for a folder that holds anything else, or another run.
     """
@@ -233,12 +234,12 @@ def claim_folder(output: Path, identity: dict, texts) -> None:
     for text in texts:
         digest.update(f"{len(text)} {text}".encode())
     identity = {**identity, "data": digest.hexdigest()[:16]}
-    record = output / IDENTITY
+    record, then = output / IDENTITY, {}
     if record.exists():
         try:
             then = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError:
-            then = {}
+        except ValueError:  # damaged: then nobody knows whose folder it is
+            pass
         changed = [
             f"{k} was {then.get(k)}, is {v}" for k, v in identity.items() if then.get(k) != v
         ]
@@ -253,7 +254,11 @@ def claim_folder(output: Path, identity: dict, texts) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for half in output.glob("*.tmp"):
         half.unlink()
-    replace_file(record, lambda path: path.write_text(json.dumps(identity, indent=1)))
+    if bf16 is None:
+        bf16 = then.get("bf16", bfloat16_pays("cuda" if torch.cuda.is_available() else "cpu"))
+    text = json.dumps({**identity, "bf16": bf16}, indent=1)
+    replace_file(record, lambda path: path.write_text(text))
+    return bf16
 
 
 def replace_file(path: Path, write) -> None:
