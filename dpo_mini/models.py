@@ -1,5 +1,6 @@
 """Which model: the embedded default, a folder, or a name on the Hub. Safetensors, never code."""
 
+import copy
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dpo_mini.hub import HubError, local_or_hub
-from dpo_mini.settings import check_whole
+from dpo_mini.settings import SettingsError, check_whole
 
 EMBEDDED = "embedded"
 SMALL = 20_000_000  # parameters; the embedded model has five million, GPT-2 124 million
@@ -326,10 +327,17 @@ def save_model(model, tokenizer, folder, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(base: str, data: str, settings: dict, report: dict | None = None) -> str:
-    """README.md of a trained model: data, base model, settings and what was measured."""
+def model_card(
+    base: str, data: str, settings: dict, report: dict | None = None, base_weights: str = ""
+) -> str:
+    """README.md of a trained model: data, base model, settings and what was measured.
+
+    `base_weights`: a hash of the base model's weights, by which it is known again.
+    """
     lines = [
-        "---", "library_name: transformers", "tags: [dpo, dpo_mini]", "---", "",
+        "---", f"base_model: {json.dumps(base)}",
+        *([f"base_weights: {json.dumps(base_weights)}"] if base_weights else []),
+        "library_name: transformers", "tags: [dpo, dpo_mini]", "---", "",
         f"# {base}, trained with dpo_mini", "",
         f"Base model: `{base}`. Data: `{data}`.", "", "| setting | value |", "|---|---|",
         *(f"| {key} | {value} |" for key, value in settings.items()),
@@ -342,3 +350,58 @@ def model_card(base: str, data: str, settings: dict, report: dict | None = None)
             if isinstance(value, dict) and value.get("low") is not None  # None: of one prompt
         ]
     return "\n".join(lines) + "\n"
+
+
+def cooled(model, temperature: float):
+    """A copy of the model whose logits are all divided by `temperature`, inside its weights.
+
+    Sampling, log-probabilities and KL then all mean the one distribution softmax(logits / T). Right
+    for models whose logits are head(norm(hidden)), scaled or softly capped or not: the last norm is
+    divided by T. A trial compares the logits, as they are and a thousand times larger; raises
+    HubError where they are not as they should be.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise SettingsError(f"temperature must be a finite number above 0, got {temperature}.")
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(16, device=model.device).view(2, 8) * 7) % vocabulary
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.float()
+        for shift in (0.0, 1.0):
+            trials = {t: with_last_norm_divided(model, ids, t, shift) for t in (1e-3, temperature)}
+            if all(m and close(m(input_ids=ids).logits * t, logits) for t, m in trials.items()):
+                return trials[temperature]
+    raise HubError(
+        f"the logits of a {model.config.model_type} model are not its head's of a last norm, so "
+        "that they cannot be divided by a temperature in its weights; sample with --temperature."
+    )
+
+
+def close(a, b) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+def with_last_norm_divided(model, ids, temperature: float, shift: float):
+    """A copy whose norm before the head gives its output divided by `temperature`; None where no
+    norm gives what the head reads. `shift`: the norm multiplies by weight + shift; Gemma's is 1.
+    """
+    model = copy.deepcopy(model)
+    head, outputs, read = model.get_output_embeddings(), [], []
+    hooks = [head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))]
+    for module in model.modules():
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            hooks.append(module.register_forward_hook(lambda m, _, out: outputs.append((m, out))))
+    model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    norms = [m for m, output in outputs if m.weight.ndim == 1 and torch.equal(output, read[-1])]
+    if not norms:
+        return None
+    norm, text_config = norms[-1], model.config.get_text_config()
+    norm.weight.data = (norm.weight + shift) / temperature - shift
+    for module in (norm, head):
+        if getattr(module, "bias", None) is not None:
+            module.bias.data = module.bias / temperature
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    if cap:  # cap tanh(l / cap) / T = (cap / T) tanh((l / T) / (cap / T))
+        text_config.final_logit_softcapping = cap / temperature
+    return model

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from dpo_mini import exact
-from dpo_mini.cli import LOG_2_AT_FIRST, LOSS_NAMES
 from dpo_mini.family import (
     LOSSES,
     REFERENCE_FREE,
@@ -31,6 +30,7 @@ from dpo_mini.family import (
 )
 from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss
 from dpo_mini.training import TrainingError, loss_arguments
+from dpo_mini.verbs import LOG_2_AT_FIRST, LOSS_NAMES
 
 mpmath = pytest.importorskip("mpmath", reason="comes with sympy: pip install '.[lab]'")
 mp = mpmath.mp.clone()

@@ -55,9 +55,8 @@ def test_prompts_are_short_different_and_apart(tokenizer):
 
 
 def test_the_library_is_read_in_one_sitting():
-    library = [
-        p for p in (ROOT / "dpo_mini").glob("*.py") if p.name not in ("cli.py", "__main__.py")
-    ]
+    roof = ("cli", "verbs", "sources", "options", "outputs", "console", "__main__")
+    library = [p for p in (ROOT / "dpo_mini").glob("*.py") if p.stem not in roof]
     lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
     assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 400, lines
     assert sum(lines.values()) < 3000, lines
@@ -85,7 +84,7 @@ def test_no_floor_imports_a_floor_above_it():
         ["reference", "curation"],
         ["training", "evaluation"],
         ["rlhf", "online", "demo"],
-        ["cli"],
+        ["cli", "verbs", "sources", "options", "outputs", "console"],
     ]
     height = {room: i for i, rooms in enumerate(floors) for room in rooms}
     for room, floor in height.items():

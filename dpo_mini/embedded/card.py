@@ -69,11 +69,11 @@ def longest_shared_run(samples, texts, least: int = 5) -> str:
 
 def embedded_card(model, tokenizer, texts, report: dict, samples: int = 1000) -> str:
     """The card of a pretrained model; `report` is `pretrain`'s, `texts` what it was trained on."""
-    drawn = [
-        c.text for (c,) in sample_completions(model, tokenizer, [""] * samples, 1, 60, seed=11)
-    ]
-    shared = longest_shared_run(drawn, texts)
     config = model.config
+    longest = min(60, config.n_positions - 1)
+    rows = sample_completions(model, tokenizer, [""] * samples, 1, longest, seed=11)
+    drawn = [completion.text for (completion,) in rows]
+    shared = longest_shared_run(drawn, texts)
     return CARD.format(
         **report, layers=config.n_layer, width=config.n_embd, heads=config.n_head,
         context=config.n_positions, vocabulary=config.vocab_size, reviews=len(texts),
