@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from dpo_mini import exact
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 from dpo_mini.losses import dpo_loss
 
 BETA, DELTA = sympy.Symbol("beta", positive=True), sympy.Symbol("Delta", real=True)
@@ -30,7 +30,7 @@ def slope(beta, Delta):
 
 SLOPE = Exercise(
     "04.1", "The slope of the loss", "derive", difficulty=1, importance=4, minutes=5,
-    truth=slope_truth, cases=lambda generator: [(BETA, DELTA)], tolerance=1e-9,
+    truth=slope_truth, cases=lambda generator: [(BETA, DELTA)],
     right=(
         slope,
         lambda b, d: -b / (1 + sympy.exp(b * d)),
@@ -61,7 +61,7 @@ def gradient_cases(generator):
         (*logps(1, 2.0), 0.5),
         (*logps(4, 10.0), 0.1),
         (*logps(7, 4.0), 0.7),
-        (extreme, zero, zero, zero, 2.0),
+        Edge("the numbers are extreme", (extreme, zero, zero, zero, 2.0)),
     ]
 
 
@@ -115,13 +115,14 @@ def metrics_cases(generator):
 
     start = drawn(3)[:2]
     wide = torch.tensor([0.0, -1e4, 5.0, 0.0, 0.0], dtype=torch.float64)  # one pair far off
-    far = drawn(5, ties=1)
+    far, tied = drawn(5, ties=1), drawn(4, ties=3)
     return [
         (*drawn(1), 0.5),
         (*start, *start, 0.125),  # before the first step: all pairs tie
         (*drawn(6, ties=3), 0.125),
         (far[0] + wide, *far[1:], 0.25),
         (*drawn(8, ties=1), 2.0),
+        Edge("two rewards are nearly equal, but not quite", (tied[0] + 2.0**-30, *tied[1:], 0.5)),
     ]
 
 
@@ -145,7 +146,7 @@ def metrics(chosen, rejected, reference_chosen, reference_rejected, beta):
 
 METRICS = Exercise(
     "04.3", "What a run logs", "implement", difficulty=2, importance=4, minutes=10,
-    truth=metrics_truth, cases=metrics_cases, tolerance=1e-9,
+    truth=metrics_truth, cases=metrics_cases,
     right=(
         metrics,
         lambda w, l, rw, rl, b: (
@@ -267,28 +268,28 @@ def reading_cases(generator):
 
     start = run(3, 2, 1.0, (0.0, 0.0))
     return [
-        run(2, 1, 0.5, (-2.0, -8.0)),  # both fall, the rejected one further
-        run(3, 1, 0.2, (2.0, -3.0)),  # as one hopes
-        run(4, 2, 0.5, (-3.0, 2.0)),  # against the labels
-        run(4, 1, 0.5, (-6.0, -2.0)),  # against the labels while both fall
-        run(4, 2, 0.5, (1.0, 4.0)),  # against the labels while both rise
-        run(5, 2, 0.3, (5.0, 2.0)),  # both rise, the chosen one further
-        run(5, 3, 0.5, (-5.0, -5.1)),  # both fall alike
-        run(5, 3, 1.0, (0.6, -0.2)),  # a margin within the noise
-        run(5, 3, 0.4, (0.6, -0.2)),  # the same margin beyond it
-        run(6, 4, 0.5, (-0.2, -4.0)),  # the chosen one slips within the noise
-        run(6, 3, 0.5, (0.2, -4.0)),  # the chosen one holds
-        run(8, 3, 0.5, (-2.0, -4.0), begin=(8.0, -4.0)),  # rose first, then fell
-        run(8, 3, 0.5, (2.0, -4.0), begin=(-6.0, -9.0)),  # fell first, then recovered
-        run(8, 5, 0.5, (0.5, -2.0), spread=4.0),  # the last step alone is low
-        run(8, 5, 0.5, (-1.5, -4.0), spread=-5.0),  # the last step alone is high
-        run(8, 5, 0.5, (-1.5, -4.0), spread=10.0),  # one step far down outweighs four
-        run(6, 2, 0.5, (1.0, -2.0), spread=8.0),  # the first step of the window saves it
-        run(3, 3, 0.5, (-1.0, -3.0), spread=1.0),  # the window is the whole run
-        run(7, 2, 0.5, (-3.0, -6.0), drift=40.0),  # later batches are easier
-        run(7, 2, 0.5, (3.0, -1.0), drift=-40.0),  # later batches are harder
-        (start[2], start[3], start[2], start[3], 2, 0.0),  # before the first step
-        (start[2], start[3] - 1, start[2], start[3], 2, 0.0),  # only the rejected one has moved
+        Edge("both fall, the rejected one further", run(2, 1, 0.5, (-2.0, -8.0))),
+        Edge("as one hopes", run(3, 1, 0.2, (2.0, -3.0))),
+        Edge("against the labels", run(4, 2, 0.5, (-3.0, 2.0))),
+        Edge("against the labels while both fall", run(4, 1, 0.5, (-6.0, -2.0))),
+        Edge("against the labels while both rise", run(4, 2, 0.5, (1.0, 4.0))),
+        Edge("both rise, the chosen one further", run(5, 2, 0.3, (5.0, 2.0))),
+        Edge("both fall alike", run(5, 3, 0.5, (-5.0, -5.1))),
+        Edge("a margin within the noise", run(5, 3, 1.0, (0.6, -0.2))),
+        Edge("the same margin beyond it", run(5, 3, 0.4, (0.6, -0.2))),
+        Edge("the chosen one slips within the noise", run(6, 4, 0.5, (-0.2, -4.0))),
+        Edge("the chosen one holds", run(6, 3, 0.5, (0.2, -4.0))),
+        Edge("rose first, then fell", run(8, 3, 0.5, (-2.0, -4.0), begin=(8.0, -4.0))),
+        Edge("fell first, then recovered", run(8, 3, 0.5, (2.0, -4.0), begin=(-6.0, -9.0))),
+        Edge("the last step alone is low", run(8, 5, 0.5, (0.5, -2.0), spread=4.0)),
+        Edge("the last step alone is high", run(8, 5, 0.5, (-1.5, -4.0), spread=-5.0)),
+        Edge("one step far down outweighs four", run(8, 5, 0.5, (-1.5, -4.0), spread=10.0)),
+        Edge("the first step of the window saves it", run(6, 2, 0.5, (1.0, -2.0), spread=8.0)),
+        Edge("the window is the whole run", run(3, 3, 0.5, (-1.0, -3.0), spread=1.0)),
+        Edge("later batches are easier", run(7, 2, 0.5, (-3.0, -6.0), drift=40.0)),
+        Edge("later batches are harder", run(7, 2, 0.5, (3.0, -1.0), drift=-40.0)),
+        Edge("before the first step", (start[2], start[3], start[2], start[3], 2, 0.0)),
+        Edge("only the rejected one has moved", (start[2], start[3] - 1, start[2], start[3], 2, 0.0)),
     ]
 
 

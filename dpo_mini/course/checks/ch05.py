@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini import exact
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 from dpo_mini.losses import dpo_loss
 
 
@@ -36,13 +36,13 @@ def text_cases(generator):
 
     return [
         (table(3, 2), (1, 0)),
-        (table(3, 3), (2, 1, 2)),  # cut by the limit
+        Edge("cut by the limit", (table(3, 3), (2, 1, 2))),
         (table(3, 3), (1, 2, 0)),
         (table(2, 4), (1, 1, 1, 0)),
-        (table(4, 2), (0,)),  # the end at once
-        unlikely((2, 1, 0), (0, 1, 2), 300.0),  # a product of probabilities underflows
-        unlikely((2, 1, 0), (1,), 1000.0),  # one probability underflows
-        raised((1, 2), 900.0),  # exponentials overflow
+        Edge("the end at once", (table(4, 2), (0,))),
+        Edge("a product of probabilities underflows", unlikely((2, 1, 0), (0, 1, 2), 300.0)),
+        Edge("one probability underflows", unlikely((2, 1, 0), (1,), 1000.0)),
+        Edge("exponentials overflow", raised((1, 2), 900.0)),
     ]
 
 
@@ -129,8 +129,8 @@ def kl_cases(generator):
         case([(1, 2)]),
         case([(2, 3), (1, 1), (3, 5)]),
         case([(1, 4), (2, 6), (4, 1), (1, 2), (3, 3)], 2.0, 2.0, ("+", "-", "", "", "+-")),
-        case([(2, 5), (1, 3)], 3.0, signs=("-", "-")),  # an estimate below 0
-        case([(1, 30), (3, 12), (2, 1), (4, 7)], 0.5, 60.0),  # far from the reference
+        Edge("an estimate is below 0", case([(2, 5), (1, 3)], 3.0, signs=("-", "-"))),
+        Edge("far from the reference", case([(1, 30), (3, 12), (2, 1), (4, 7)], 0.5, 60.0)),
     ]
 
 
@@ -150,7 +150,7 @@ def sampled_kl(policy, reference, mask):
 
 SAMPLED_KL = Exercise(
     "05.2", "The sequence KL from samples", "implement", difficulty=2, importance=5, minutes=8,
-    truth=kl_truth, cases=kl_cases, tolerance=1e-9,
+    truth=kl_truth, cases=kl_cases,
     right=(
         sampled_kl,
         lambda p, q, m: torch.where(m.bool(), p - q, 0.0).sum() / len(p),
@@ -215,7 +215,7 @@ def stopping_margin(P, eps, beta):
 
 STOP = Exercise(
     "05.3", "Where cDPO stops", "derive", difficulty=3, importance=3, minutes=10,
-    truth=stop_truth, cases=stop_cases, tolerance=1e-9,
+    truth=stop_truth, cases=stop_cases,
     right=(
         stopping_margin,
         lambda P, e, b: (sympy.log(mixed(P, e)) - sympy.log(e * P + (1 - e) * (1 - P))) / b,
@@ -248,9 +248,9 @@ def robust_cases(generator):
     return [
         (margins(2.0, 1), 1.0, 0.2),
         (margins(8.0, 5), 0.3, 0.1),
-        (margins(20.0, 4), 0.1, 0.0),  # no flips: DPO
+        Edge("no flips: DPO", (margins(20.0, 4), 0.1, 0.0)),
         (margins(3.0, 6), 0.7, 0.45),
-        (extreme.requires_grad_(), 0.5, 0.25),
+        Edge("the margins are extreme", (extreme.requires_grad_(), 0.5, 0.25)),
     ]
 
 
@@ -276,7 +276,7 @@ def robust_loss(margins, beta, eps):
 
 ROBUST = Exercise(
     "05.4", "A loss that undoes the flips", "implement", difficulty=3, importance=3, minutes=6,
-    truth=robust_truth, cases=robust_cases, tolerance=1e-9,
+    truth=robust_truth, cases=robust_cases,
     right=(
         robust_loss,
         lambda d, b, e: dpo(b * d) - b * d * (e / (1 - 2 * e)),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def draw(generator, low, high, n=1):
@@ -31,7 +31,7 @@ def pad_cases(generator):
     ):
         pad = draw(generator, low, high)[0]
         cases.append(([row(*pair, pad) for pair in lengths], pad))
-    return cases
+    return cases[:2] + [Edge("the longest prompt and completion are of two rows", c) for c in cases[2:]]
 
 
 def pad_truth(rows, pad):
@@ -118,8 +118,8 @@ def logp_cases(generator):
         case([(2, 2)], 3, length=5),
         case([(2, 4), (1, 1), (4, 3), (3, 2)], 6),
         case([(1, 1), (1, 1), (1, 1)], 4),
-        case([(1, 7), (1, 7)], 5, scale=1e4, shift=3.0),
-        case([(1, 3)], 4, shift=2e3),  # large, but ordinary once normalised
+        Edge("the logits are extreme", case([(1, 7), (1, 7)], 5, scale=1e4, shift=3.0)),
+        Edge("large, but ordinary once normalised", case([(1, 3)], 4, shift=2e3)),
         case([(3, 5), (5, 3), (1, 2)], 11, length=9),
     ]
 
@@ -164,7 +164,7 @@ def completion_logps(logits, ids, mask):
 
 
 LOGP = Exercise(
-    "06.2", "The log-probability of a completion", "implement", difficulty=3, importance=5, minutes=10, workshop=True,
+    "06.2", "The log-probability of a completion", "implement", difficulty=3, importance=5, minutes=10, workshop=True, float64=True,
     truth=logp_truth, cases=logp_cases, tolerance=1e-9,
     right=(completion_logps, logp_by_where, logp_by_cross_entropy,),
     wrong=(
@@ -256,9 +256,9 @@ def frozen_cases(generator):
     both_ways = [pair for z in (x, other) for pair in ((z, w, l), (z, l, w))]
     return [
         (*models(), [(x, w, l)], 0.5),
-        (*models(), again, 0.1),
-        (*models(), joined, 1.3),
-        (*models(1e4), both_ways, 2.0),
+        Edge("rows repeat, with other prompts too", (*models(), again, 0.1)),
+        Edge("rows differ only in where the prompt ends", (*models(), joined, 1.3)),
+        Edge("policy and reference are far apart", (*models(1e4), both_ways, 2.0)),
     ]
 
 
@@ -323,7 +323,7 @@ def batch_losses(policy, reference, pairs, beta):
 
 FROZEN = Exercise(
     "06.3", "A batch's loss, the reference frozen", "implement", difficulty=3, importance=4, minutes=11,
-    truth=frozen_truth, cases=frozen_cases, tolerance=1e-8,
+    truth=frozen_truth, cases=frozen_cases,
     right=(batch_losses, frozen_by_cache, frozen_by_sorting,),
     wrong=(
         Wrong("the reference gets a gradient", "torch.no_grad() -> torch.enable_grad()", "The values are right, but an optimiser could now lower the loss by moving the reference. It must be a constant."),
@@ -379,7 +379,8 @@ def accumulate_cases(generator):
         beta = 0.5 + torch.rand(1, generator=generator).item()
         return weight.requires_grad_(), Losses(beta, max(sizes), []), [3 * part for part in parts]
 
-    return [case(2), case(2, 1), case(3, 3), case(1, 4, 2), case(5, 5, 5, 1)]
+    unequal = [case(2, 1), case(1, 4, 2), case(5, 5, 5, 1)]
+    return [case(2), case(3, 3), *(Edge("micro-batches are not equally large", c) for c in unequal)]
 
 
 def accumulate_truth(weight, losses, micro_batches):
@@ -419,7 +420,7 @@ def accumulated_gradient(weight, losses, micro_batches):
 
 ACCUMULATE = Exercise(
     "06.4", "Micro-batches of unequal size", "implement", difficulty=2, importance=4, minutes=8,
-    truth=accumulate_truth, cases=accumulate_cases, tolerance=1e-9,
+    truth=accumulate_truth, cases=accumulate_cases,
     right=(accumulated_gradient, accumulate_then_divide, accumulate_pair_by_pair,),
     wrong=(
         Wrong("the mean of means", ".sum() / n -> .mean() / len(micro_batches)", "Right as long as all micro-batches are equally large. How much does a pair in a micro-batch of one weigh here?"),

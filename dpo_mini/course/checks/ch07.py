@@ -8,7 +8,7 @@ from collections import Counter
 import sympy
 import torch
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def one_good_cases(generator):
@@ -51,7 +51,7 @@ def one_good(p_a, p_b, p_c):
 
 ONE_GOOD = Exercise(
     "07.1", "The one good text of three", "derive", difficulty=2, importance=4, minutes=7,
-    truth=one_good_truth, cases=one_good_cases, tolerance=1e-9,
+    truth=one_good_truth, cases=one_good_cases,
     right=(
         one_good,
         lambda a, b, c: sympy.exp(logit(a)) / (sympy.exp(logit(a)) + sympy.exp(logit(b)) + sympy.exp(logit(c))),
@@ -102,6 +102,7 @@ def pairs_cases(generator):
         (shuffled([x, x, x + 2.0**-40, y]), 0.0),
         (mixed, gap),
         (quarters(7), 3.0),
+        Edge("a pair misses the gap by a hair", (shuffled([low, low + gap - 2.0**-40, low + 9]), gap)),
         ([x, x, x], 0.0),
         ([y], 0.25),
     ]
@@ -127,7 +128,7 @@ def labelled_pairs(rewards, gap):
 
 PAIRS = Exercise(
     "07.2", "Every pair of one prompt", "implement", difficulty=1, importance=4, minutes=7,
-    truth=pairs_truth, cases=pairs_cases, tolerance=1e-9,
+    truth=pairs_truth, cases=pairs_cases,
     right=(
         labelled_pairs,
         lambda r, g: [(i, j) if r[i] > r[j] else (j, i) for i in range(len(r)) for j in range(i + 1, len(r)) if r[i] >= r[j] + g and r[i] > r[j] or r[j] >= r[i] + g and r[j] > r[i]],
@@ -185,7 +186,12 @@ def kappa_cases(generator):
         ("a", "a"): 1,
         ("b", "b"): 3,
     }
-    return [lists(cells) for cells in (two, stars, own, worse)]
+    return [
+        lists(two),
+        Edge("there are more than two labels", lists(stars)),
+        Edge("each labeller has a label that the other lacks", lists(own)),
+        Edge("they agree less than by chance", lists(worse)),
+    ]
 
 
 def kappa_truth(a, b):
@@ -205,7 +211,7 @@ def cohens_kappa(a, b):
 
 KAPPA = Exercise(
     "07.3", "Agreement beyond chance", "implement", difficulty=2, importance=4, minutes=8,
-    truth=kappa_truth, cases=kappa_cases, tolerance=1e-9,
+    truth=kappa_truth, cases=kappa_cases,
     right=(
         cohens_kappa,
         lambda a, b: (len(a) * sum(map(lambda x, y: x == y, a, b)) - (total := sum(n * Counter(b)[x] for x, n in Counter(a).items()))) / (len(a) ** 2 - total),
@@ -269,7 +275,7 @@ def both_orders(a_first, b_first):
 
 BOTH_ORDERS = Exercise(
     "07.4", "Noise, or a taste for a place?", "implement", difficulty=2, importance=4, minutes=8,
-    truth=orders_truth, cases=orders_cases, tolerance=1e-9,
+    truth=orders_truth, cases=orders_cases,
     right=(
         both_orders,
         lambda x, y: (["ab"[p - 1] if p + q == 3 else "tie" for p, q in zip(x, y)], (x + y).count(1) / len(x) - 1),
@@ -358,7 +364,7 @@ def plan(agree, prompts, half):
 
 PLAN = Exercise(
     "07.5", "How many prompts?", "design", difficulty=3, importance=5, minutes=12,
-    truth=plan_truth, cases=plan_cases, tolerance=1e-9,
+    truth=plan_truth, cases=plan_cases,
     right=(
         plan,
         lambda v, p, h: (lambda e: (e, int(len(set(p)) * (1.96 * e / h) ** 2) + 1))(math.sqrt(sum((sum(x for x, q in zip(v, p) if q == g) - p.count(g) * sum(v) / len(v)) ** 2 for g in set(p)) * len(set(p)) / (len(set(p)) - 1)) / len(v)),

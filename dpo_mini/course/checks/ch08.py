@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def rate_cases(generator):
@@ -52,7 +52,7 @@ def learning_rate(step, steps, warmup, peak):
 
 RATE = Exercise(
     "08.1", "The learning rate of every step", "implement", difficulty=1, importance=3, minutes=7,
-    truth=rate_truth, cases=rate_cases, tolerance=1e-12,
+    truth=rate_truth, cases=rate_cases,
     right=(
         learning_rate,
         lambda s, n, w, peak: peak * min((s + 1) / max(1, w), (n - s) / max(1, n - w)),
@@ -104,8 +104,8 @@ def sft_cases(generator):
     return [
         batch([(2, 2)], 3),
         batch([(1, 5), (3, 1)], 4),
-        batch([(2, 1), (1, 6), (3, 2), (4, 0)], 6, left=2),  # the last row's prompt fills it
-        (extreme, ids, mask),
+        Edge("the last row's prompt fills it", batch([(2, 1), (1, 6), (3, 2), (4, 0)], 6, left=2)),
+        Edge("the logits are extreme", (extreme, ids, mask)),
     ]
 
 
@@ -189,20 +189,21 @@ def fitting_cases(generator):
 
     return [
         case(6, 10, 4.5),  # 3
+        Edge("the memory is just full", case(60, 30, 30)),
         case(60, 30, 30.01),
         case(60, 25, 29.99),  # 20
         case(64, 20, 16.005),
         case(64, 12, 15.995),  # 8
-        case(37, 30, 30.5),  # a prime number: 1
+        Edge("a prime number", case(37, 30, 30.5)),
         case(24, 20, 0.99),  # not one
         case(24, 16, 1.01),
         case(24, 10, 24.01),
-        case(24, 20, 90.5),  # more than there are
+        Edge("more than there are", case(24, 20, 90.5)),
         case(120, 32, 48.5),
         case(120, 20, 39.3),
         case(90, 8, 50.5),
         case(120, 30, 0.3),
-        case(120, 32, -4.5),  # not even the weights and what belongs to them
+        Edge("not even the weights and what belongs to them", case(120, 32, -4.5)),
         case(120, 32, -11.5),
         case(120, 32, -26.5),
         case(120, 1, 4.5),
@@ -297,6 +298,7 @@ def frontier_cases(generator):
         start,
         ([kl + 5 for kl in logits[0]], [-r for r in logits[1]]),  # rewards below 0
         ([c], [0.5]),
+        Edge("two runs differ by a hair", ([b, a, a, b + 1e-12, c, c], [0.7, 0.5 - 1e-12, 0.5, 0.7, 0.9, 0.9 + 1e-12])),
     ]
 
 

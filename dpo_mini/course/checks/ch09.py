@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def policies(shape, scale, generator):
@@ -119,6 +119,7 @@ def rate_cases(generator):
         (perfect, perfect - 0.1 - perfect.abs()),
         (perfect[:6] - 3.0, perfect[:6]),  # none won
         rewards(40, 0.8, 1.0),
+        Edge("rewards are nearly equal, but not quite", (perfect + 1e-9, perfect)),
         rewards(200, -0.3),
     ]
 
@@ -329,7 +330,7 @@ def token_rewards(policy, reference, mask, beta):
 
 TOKENS = Exercise(
     "09.4", "The implicit reward of each token", "implement", difficulty=2, importance=3, minutes=6,
-    truth=token_truth, cases=token_cases, tolerance=1e-6,
+    truth=token_truth, cases=token_cases,
     right=(
         token_rewards,
         lambda p, q, m, b: torch.where(m[:, 1:].bool(), b * (p - q), 0.0),

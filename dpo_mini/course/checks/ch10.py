@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def reinforce_cases(generator):
@@ -55,7 +55,7 @@ def reinforce_loss(scores, logps, reference_logps, beta):
 
 REINFORCE = Exercise(
     "10.1", "REINFORCE, each the other's baseline", "implement", difficulty=3, importance=4, minutes=9,
-    truth=reinforce_truth, cases=reinforce_cases, tolerance=1e-9,
+    truth=reinforce_truth, cases=reinforce_cases,
     right=(reinforce_loss, reinforce_by_masks, reinforce_by_pairs,),
     wrong=(
         Wrong("the return is not detached", "logps.detach() -> logps", "The return is a number that was earned, log pi inside it too: in REINFORCE the gradient passes only through the log-probability that it weighs."),
@@ -98,9 +98,9 @@ def token_cases(generator):
 
     return [
         case([(1, 2)], 4, 0.5),
-        case([(2, 4), (1, 3)], 6, 0.1),  # the first row is cut off at the limit: no padding
-        case([(0, 1), (3, 2), (5, 4), (4, 5)], 9, 1.7),  # one token; padding on the left
-        case([(1, 3), (1, 1), (2, 2)], 4, 0.05),
+        Edge("the first row is cut off at the limit: no padding", case([(2, 4), (1, 3)], 6, 0.1)),
+        Edge("one token; padding on the left", case([(0, 1), (3, 2), (5, 4), (4, 5)], 9, 1.7)),
+        Edge("rows end at different places", case([(1, 3), (1, 1), (2, 2)], 4, 0.05)),
     ]
 
 
@@ -137,7 +137,7 @@ def rewards_of_tokens(logps, reference_logps, mask, scores, beta):
 
 TOKENS = Exercise(
     "10.2", "The reward of each token", "implement", difficulty=2, importance=4, minutes=8,
-    truth=token_truth, cases=token_cases, tolerance=1e-9,
+    truth=token_truth, cases=token_cases,
     right=(rewards_of_tokens, tokens_by_index, tokens_by_difference,),
     wrong=(
         Wrong("the score at every token", "rewards[torch.arange(len(scores)), last] += scores -> rewards += scores[:, None] * mask", "A completion is scored once, when it is complete: a longer one must not earn more for that. At which token is that?"),
@@ -172,7 +172,7 @@ def gae_cases(generator):
 
     return [
         case([(1, 3)], 5, 0.9, 0.7),
-        case([(0, 4), (2, 2)], 4, 1.0, 0.95),  # no padding
+        Edge("no padding", case([(0, 4), (2, 2)], 4, 1.0, 0.95)),
         case([(3, 5), (1, 1), (2, 3)], 9, 0.95, 1.0),
         case([(1, 4), (2, 2)], 7, 0.8, 0.0),
         case([(2, 6), (0, 3), (1, 5), (4, 1)], 9, 0.6, 0.5),
@@ -239,7 +239,7 @@ def advantages(rewards, values, mask, gamma, lam):
 
 GAE = Exercise(
     "10.3", "Generalised advantage estimation", "implement", difficulty=3, importance=3, minutes=9,
-    truth=gae_truth, cases=gae_cases, tolerance=1e-9,
+    truth=gae_truth, cases=gae_cases,
     right=(advantages, gae_by_sums, gae_row_by_row,),
     wrong=(
         Wrong("padding has a value", "values = values * mask -> pass", "After the last token nothing more can be earned: the value there is 0, whatever number stands in the tensor."),

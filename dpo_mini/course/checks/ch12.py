@@ -124,7 +124,7 @@ def win_rate_cost(w):
 
 WIN_RATE_COST = Exercise(
     "12.2", "What a win rate costs", "derive", difficulty=3, importance=3, minutes=9,
-    truth=win_rate_cost_truth, cases=lambda generator: [((1 + S) / (2 + S),), (S / (1 + S),)], tolerance=1e-9,
+    truth=win_rate_cost_truth, cases=lambda generator: [((1 + S) / (2 + S),), (S / (1 + S),)],
     right=(
         win_rate_cost,
         lambda w: sympy.log(w) - sympy.log(1 - w) + 1 / w - 2,
@@ -170,7 +170,7 @@ def gap_cases(generator):
     a, b = points(0.0, 2.0, 3.0, 4.0, 5.0), points(0.0, 3.0, 2.0, 4.0)
     high = min(a[0].max(), b[0].max())
     inner = sorted(torch.cat([a[0], b[0]]).tolist())[3]  # a point of one of them
-    cases.append((*a, *b, mixed(0.0, high, inner, 0.4 * high, 0.8 * high, high + 1, high + 30)))
+    cases.append((*a, *b, mixed(0.0, high, inner, inner, 0.4 * high, 0.8 * high, high + 1, high + 30)))
     a, b = points(3.0, 4.0, 6.0, 8.0, 4.0), points(0.5, 1.0, 2.0, 3.0, 2.0)
     low, high = a[0].min(), b[0].max()
     cases.append(

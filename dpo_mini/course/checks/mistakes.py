@@ -88,7 +88,7 @@ ANY = (  # name, change, hint
     ("rounded", lambda x: torch.round(x, decimals=3) if isinstance(x, Tensor) else round(x, 3), "Return the number as it is: rounding is for the reader, not for the next computation."),
     ("rounded down to a whole number", lambda x: x.floor() if isinstance(x, Tensor) else math.floor(x), "Something drops the fraction: floor, int or the operator //."),
     ("float32 in the middle", narrowed, "Equal to six digits: compute in float64. Where do you convert, or make a new tensor without a dtype?"),
-    ("below 0 becomes 0", lambda x: x.clamp(min=0) if isinstance(x, Tensor) else max(x, 0), "A result below 0 is possible here, and it means something: nothing may be cut off."),
+    ("below 0 becomes 0", lambda x: x.clamp(min=0) if isinstance(x, Tensor) else max(x, 0 * x), "A result below 0 is possible here, and it means something: nothing may be cut off."),
 )  # fmt: skip
 TENSORS = (
     ("detached", lambda x: x.detach(), "The value is right, but no gradient flows back from it: something leaves the graph."),
@@ -411,6 +411,7 @@ def changes(function: Callable) -> Iterator[tuple[str, ast.AST, Any, ast.AST]]:
     if node is None:
         return
     own = [a.arg for a in node.args.args]
+    yield from everywhere(node)
     for holder, field, index, child in list(slots(node)):
         for kind, new in replacements(child, own):
             new = ast.fix_missing_locations(ast.copy_location(copy.deepcopy(new), child))
@@ -419,6 +420,23 @@ def changes(function: Callable) -> Iterator[tuple[str, ast.AST, Any, ast.AST]]:
                 yield kind, child, node, new
             finally:  # the tree is shared: also when nobody asks for the next one
                 put_node(holder, field, index, child)
+
+
+def everywhere(node) -> Iterator[tuple]:
+    """Changes of a number that stands in several places, in all of them."""
+    found: dict = {}
+    for child in ast.walk(node):
+        if isinstance(child, ast.Constant) and type(child.value) is float:
+            found.setdefault(child.value, []).append(child)
+    for value, places in found.items():
+        for _, new in of_constant(places[0]) if len(places) > 1 else ():
+            for place in places:
+                place.value = new.value
+            try:
+                yield "a number is off", places[0], node, new
+            finally:
+                for place in places:
+                    place.value = value
 
 
 def put_node(holder, field, index, node):
@@ -539,7 +557,8 @@ def of_constant(node):
         yield "a condition is missing", ast.Constant(not node.value)
     elif isinstance(node.value, (int, float)):
         x = node.value
-        for new in dict.fromkeys((x + 1, x - 1, -x, 2 * x, x / 2, 0, x * x)):
+        quantiles = (1.0, 1.645, 2.0, 2.576) if abs(x - 1.96) < 1e-3 else ()
+        for new in dict.fromkeys((x + 1, x - 1, -x, 2 * x, x / 2, 0, x * x, *quantiles)):
             if new != x and not (isinstance(x, int) and new != int(new)):
                 yield "a number is off", ast.Constant(int(new) if isinstance(x, int) else new)
 

@@ -10,7 +10,7 @@ from dpo_mini.course.checks import engine
 
 def read(trial, wrong: list[int]) -> tuple[str, str] | None:
     """Name and hint of the first symptom that an answer shows; `wrong` are its wrong cases."""
-    for symptom in (overflow, overlooked, detached, unused, always, one_word, factor, fits_another):
+    for symptom in (overflow, overlooked, detached, unused, always, one_word, factor, part, fits_another):
         found = symptom(trial, wrong)
         if found:
             return found
@@ -58,9 +58,9 @@ def overlooked(trial, wrong):
     """Wrong only in cases that have one property."""
     about = {trial.cases[i].about if isinstance(trial.cases[i], engine.Edge) else None for i in wrong}
     right = len(trial.cases) - len(wrong)
-    if len(about) != 1 or None in about or not right:
+    if len(about) > 3 or None in about or not right:
         return None
-    return f"wrong only where {about.pop()}", "All other cases are right: what does the task say of this one?"
+    return f"wrong only where {' or '.join(sorted(about))}", "All other cases are right: what does the task say of this one?"
 
 
 def detached(trial, wrong):
@@ -151,10 +151,27 @@ def factor(trial, wrong):
     return None
 
 
+def part(trial, wrong):
+    """Of several values some are right in all cases."""
+    bad, size = set(), set()
+    for expected, got in zip(trial.expected, trial.got):
+        if got.error or not isinstance(expected.value, list | dict) or type(got.value) is not type(expected.value):
+            return None
+        keys = list(expected.value) if isinstance(got.value, dict) else list(range(len(expected.value)))
+        if len(got.value) != len(keys) or (isinstance(got.value, dict) and set(keys) != set(got.value)):
+            return None
+        size.add(len(keys))
+        bad |= {k for k in keys if engine.difference(expected.value[k], got.value[k], trial.tolerance)}
+    if len(size) != 1 or not bad or len(bad) == size.pop() or len(bad) > 3:
+        return None
+    names = " and ".join(repr(k) if isinstance(k, str) else f"value {k + 1}" for k in sorted(bad))
+    return f"{names} alone", "All other values are right, in every case."
+
+
 def fits_another(trial, wrong):
     """The shape or the number of entries is wrong everywhere."""
     for i in wrong:
         said = engine.complaint(trial.expected[i], trial.got[i], trial.tolerance, trial.names)
-        if not said.startswith(("expected the shape", "expected a tensor", "expected torch", "expected a number", "expected a whole", "expected a str", "expected a dict", "your function returns None")) and " values, got" not in said:  # fmt: skip
+        if not said.startswith(("your code raised TypeError", "expected the shape", "expected a tensor", "expected torch", "expected a number", "expected a whole", "expected a str", "expected a dict", "your function returns None", "your dictionary has")) and " values, got" not in said:  # fmt: skip
             return None
     return "another form of result", "Look at what the task asks for: how many numbers, in which shape?"
