@@ -123,8 +123,7 @@ LOSS = Exercise(
         Wrong("log(sigmoid(x)) overflows", "torch.nn.functional.logsigmoid(beta * margin) -> torch.sigmoid(beta * margin).log()", "The sigmoid of a very negative margin is 0 and its logarithm infinite. torch has a function that does both at once."),
         Wrong("the sigmoid without its logarithm", "torch.nn.functional.logsigmoid(beta * margin) -> torch.nn.functional.sigmoid(beta * margin)", "The likelihood of the label is a sigmoid; the loss is minus its logarithm."),
         Wrong("the margin itself", "torch.nn.functional.logsigmoid(beta * margin) -> (beta * margin)", "Without the log-sigmoid nothing says when a pair is settled: the loss falls for ever."),
-        Wrong("the likelihood is clamped", "torch.nn.functional.logsigmoid(beta * margin) -> torch.sigmoid(beta * margin).clamp(min=1e-12).log()",
-              "A clamp keeps the loss finite and kills the gradient where it is needed most. There is a function that is exact instead."),
+        Wrong("the likelihood is clamped", "torch.nn.functional.logsigmoid(beta * margin) -> torch.sigmoid(beta * margin).clamp(min=1e-12).log()", "A clamp keeps the loss finite and kills the gradient where it is needed most. There is a function that is exact instead."),
         Wrong("beta on the chosen ratio only", "beta * margin -> beta * (chosen - reference_chosen) - (rejected - reference_rejected)", "Both implicit rewards are beta times their log-ratio: mind the brackets."),
     ),
 )  # fmt: skip

@@ -80,8 +80,7 @@ PAD = Exercise(
     right=(pad_rows, pad_by_pad_sequence, pad_by_comparison,),
     wrong=(
         Wrong("the mask asks whether an id is the padding's", "return ids, mask -> return ids, mask * (ids != pad)", "The padding's id also ends a completion and may stand inside a text. What do you know about each row that does not depend on the ids?"),
-        Wrong("the completion ends at the first padding id", "return ids, mask -> return ids, mask * ((ids == pad) & (mask > 0)).long().cumsum(1).eq(0)",
-              "Here that id is EOS as well: a completion may contain it, and its last token is one that the policy must learn to write."),
+        Wrong("the completion ends at the first padding id", "return ids, mask -> return ids, mask * ((ids == pad) & (mask > 0)).long().cumsum(1).eq(0)", "Here that id is EOS as well: a completion may contain it, and its last token is one that the policy must learn to write."),
         Wrong("an attention mask, made from the ids", "return ids, mask -> return ids, (ids != pad).long()", "This marks the prompt as well, and loses every token that has the padding's id. Which two lengths say where a completion stands?"),
         Wrong("EOS dropped", "mask[i, len(x) : len(x) + len(y)] -> mask[i, len(x) : len(x) + len(y) - 1]", "The last token of the completion counts like the others: to stop is part of what the policy does."),
         Wrong("prompt counted", "mask[i, len(x) : -> mask[i, 0 :", "log pi(y | x) is about y only; the prompt is what it is given."),
@@ -169,8 +168,7 @@ LOGP = Exercise(
     right=(completion_logps, logp_by_where, logp_by_cross_entropy,),
     wrong=(
         Wrong("the logarithm of a softmax", ".log_softmax(-1) -> .softmax(-1).log()", "A softmax rounds small probabilities to 0, whose logarithm is infinite. One function does both at once, exactly."),
-        Wrong("every dimension of size 1 is squeezed away", ".squeeze(-1) -> .squeeze() | mask[:, 1:]).sum(1) -> mask[:, 1:].squeeze()).sum(-1)",
-              "squeeze() without a dimension also removes the batch, or the length, where there is only one. Name the dimension."),
+        Wrong("every dimension of size 1 is squeezed away", ".squeeze(-1) -> .squeeze() | mask[:, 1:]).sum(1) -> mask[:, 1:].squeeze()).sum(-1)", "squeeze() without a dimension also removes the batch, or the length, where there is only one. Name the dimension."),
         Wrong("logits not shifted", "logits[:, :-1] -> logits | ids[:, 1:, None] -> ids[:, :, None] | mask[:, 1:] -> mask", "The logits at a position are for the next token: which position predicted the token at place t?"),
         Wrong("shifted the wrong way", "logits[:, :-1] -> logits[:, 1:] | ids[:, 1:, None] -> ids[:, :-1, None] | mask[:, 1:] -> mask[:, :-1]", "This asks the logits after a token about that token. They have seen it; the ones before it have not."),
         Wrong("shifted by two", "logits[:, :-1] -> logits[:, :-2] | ids[:, 1:, None] -> ids[:, 2:, None] | mask[:, 1:] -> mask[:, 2:]", "The logits at a position are for the token right after it, one place on."),

@@ -139,7 +139,8 @@ def examine(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
     case = trial.cases[first]
     where = "\nThe case: " + show_arguments(trial.names, case) if case else ""
     if mistake:
-        shown = "" if mistake[0] in {w.name for w in exercise.wrong} else f" {complaints[first]}{also}{where}"
+        listed = mistake[0] in {w.name for w in exercise.wrong}
+        shown = "" if listed else f" {complaints[first]}{also}{where}"
         return Verdict(False, mistake[0], f"not yet: {mistake[0]}. {mistake[1]}{shown}")
     return Verdict(False, None, f"not yet: {complaints[first]}{also}{where}")
 
@@ -160,7 +161,9 @@ def tried(exercise: Exercise, answer: Callable, seed: int) -> Trial:
 def allowed(exercise: Exercise, got: Outcome) -> float:
     """The tolerance: a result that is float32 has no more digits than that."""
     single = any(isinstance(t, Tensor) and t.dtype == torch.float32 for t in flatten(got.value))
-    return max(exercise.tolerance, FLOAT32) if single and not exercise.float64 else exercise.tolerance
+    if single and not exercise.float64:
+        return max(exercise.tolerance, FLOAT32)
+    return exercise.tolerance
 
 
 def recognised(exercise: Exercise, trial: Trial, complaints: list) -> tuple[str, str] | None:
@@ -235,7 +238,8 @@ def edited(function: Callable, change: str) -> Callable:
         text = text.replace(old, new)
     space = dict(function.__globals__)
     exec(compile(text, "<edited>", "exec"), space)
-    return lambda *arguments: what_differs(space[function.__name__](*arguments), function, arguments)
+    new = space[function.__name__]
+    return lambda *arguments: what_differs(new(*arguments), function, arguments)
 
 
 def what_differs(result, right: Callable, arguments: tuple):
@@ -304,7 +308,7 @@ def complaint(expected: Outcome, got: Outcome, tolerance: float, names: list[str
 def gradient_problem(mine: Tensor, yours: Tensor) -> str:
     """How a gradient differs, in a sentence."""
     if not yours.isfinite().all():
-        return "it is not a number or infinite: somewhere inf - inf, 0 * inf or 1 / 0 is differentiated."
+        return "it is infinite or not a number: inf - inf, 0 * inf or 1 / 0 is differentiated."
     if not yours.any():
         return "it is zero for an argument that counts: something detaches that argument."
     if not mine.any():
@@ -508,7 +512,8 @@ def conformed(value, like):
     """A value in the form of `like`, where they differ only in how the same thing is written."""
     if isinstance(like, Tensor):
         if isinstance(value, (tuple, list)) and value and like.dim():
-            tensors = [conformed(v, e) for v, e in zip(value, like)] if len(value) == len(like) else []
+            same_length = len(value) == len(like)
+            tensors = [conformed(v, e) for v, e in zip(value, like)] if same_length else []
             shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
             return torch.stack(tensors) if len(shapes) == 1 and None not in shapes else value
         if like.dim() == 0 and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -534,12 +539,14 @@ def written(value, like: str):
     if isinstance(value, bool) and like in ("yes", "no"):
         return "yes" if value else "no"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        digits = len(like.partition(".")[2])
         try:
-            return like if round(float(value), digits) == float(like) and value == round(value, digits) else value
+            return like if value == float(like) else value
         except ValueError:
             return value
-    return value.strip().strip("\"'").lower() if isinstance(value, str) and like == like.lower() else value.strip() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    word = value.strip().strip("\"'")
+    return word.lower() if like == like.lower() else word
 
 
 def flatten(value) -> list:
@@ -575,7 +582,8 @@ def altered(old, new) -> bool:
     if callable(old):
         return False
     if isinstance(old, Tensor):
-        return old.shape != new.shape or not torch.equal(old.nan_to_num(), new.detach().nan_to_num())
+        before, after = (t.detach().nan_to_num() for t in (old, new))
+        return before.shape != after.shape or not torch.equal(before, after)
     if isinstance(old, (tuple, list)):
         return len(old) != len(new) or any(map(altered, old, new))
     if isinstance(old, dict):
@@ -658,7 +666,8 @@ def refuse_arguments(exercise: Exercise, seed: int) -> list[tuple[str, Callable]
             if isinstance(arguments[i], list):
                 arguments[i].append(arguments[i][0])
             else:
-                arguments[i].data.logical_not_() if arguments[i].dtype == torch.bool else arguments[i].data.add_(1)
+                data = arguments[i].data
+                data.copy_(~data if data.dtype == torch.bool else data + 1)
             return detached_copy(result)
 
         return answer

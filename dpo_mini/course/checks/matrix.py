@@ -4,6 +4,7 @@ python -m dpo_mini.course.checks.matrix
 """
 
 import warnings
+from collections import Counter
 from pathlib import Path
 
 from dpo_mini.course import checks
@@ -41,7 +42,7 @@ def derived(exercise: Exercise, seed: int) -> list[str]:
         ]
 
     def key(found):
-        return repr([(engine.show(o.value, 9), [engine.show(g, 9) for g in o.gradients]) for o in found])
+        return repr([[engine.show(x, 9) for x in (o.value, *o.gradients)] for o in found])
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a mistake does
@@ -90,7 +91,9 @@ def page(seed: int = 0) -> str:
             )
             details.append(f"- **{exercise.id}** listed: {names}")
             if made:
-                details.append(f"  - derived: {'; '.join(made)}")
+                kinds = Counter(name.partition(" where ")[0] for name in made)
+                said = [f"{name} ({n} places)" if n > 1 else name for name, n in kinds.items()]
+                details.append(f"  - derived: {'; '.join(said)}")
     return "\n".join([*lines, "", "The wrong answers:", "", *details]) + "\n"
 
 

@@ -10,7 +10,7 @@ from dpo_mini.course.checks import engine
 
 def read(trial, wrong: list[int]) -> tuple[str, str] | None:
     """Name and hint of the first symptom that an answer shows; `wrong` are its wrong cases."""
-    for symptom in (overflow, overlooked, detached, unused, always, one_word, factor, part, fits_another):
+    for symptom in SYMPTOMS:
         found = symptom(trial, wrong)
         if found:
             return found
@@ -44,7 +44,7 @@ def overflow(trial, wrong):
     bad += [
         i for i in wrong
         if not trial.got[i].error and finite(trial.expected[i].value)
-        and not (finite(trial.got[i].value) and all(g.isfinite().all() for g in trial.got[i].gradients))
+        and not finite([trial.got[i].value, *trial.got[i].gradients])
     ]  # fmt: skip
     if not bad or len(bad) < len(wrong):
         return None
@@ -56,11 +56,12 @@ def overflow(trial, wrong):
 
 def overlooked(trial, wrong):
     """Wrong only in cases that have one property."""
-    about = {trial.cases[i].about if isinstance(trial.cases[i], engine.Edge) else None for i in wrong}
+    about = {getattr(trial.cases[i], "about", None) for i in wrong}
     right = len(trial.cases) - len(wrong)
     if len(about) > 3 or None in about or not right:
         return None
-    return f"wrong only where {' or '.join(sorted(about))}", "All other cases are right: what does the task say of this one?"
+    hint = "All other cases are right: what does the task say of this one?"
+    return f"wrong only where {' or '.join(sorted(about))}", hint
 
 
 def detached(trial, wrong):
@@ -84,7 +85,8 @@ def unused(trial, wrong):
             other = changed(case[place])
             if other is None:
                 break
-            mine = engine.outcome(trial.answer, (*case[:place], other, *case[place + 1 :]), trial.seed, expected.value)
+            probe = (*case[:place], other, *case[place + 1 :])
+            mine = engine.outcome(trial.answer, probe, trial.seed, expected.value)
             if mine.error or engine.difference(got.value, mine.value, 1e-12, True):
                 break
             checked += 1
@@ -95,7 +97,8 @@ def unused(trial, wrong):
 
 def changed(argument):
     if isinstance(argument, Tensor) and argument.is_floating_point():
-        return argument.detach() * 1.3 + 0.1 * torch.arange(argument.numel()).view(argument.shape).to(argument)
+        places = torch.arange(argument.numel()).view(argument.shape)
+        return argument.detach() * 1.3 + 0.1 * places.to(argument)
     if isinstance(argument, float):
         return 1.37 * argument + 0.01
     return None
@@ -117,8 +120,10 @@ def one_word(trial, wrong):
     for i in wrong:
         expected, got = trial.expected[i].value, trial.got[i].value
         if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
-            pairs = [(f"{k}: ", got[k]) for k in expected if expected[k] != got[k]]
-            return (f"{pairs[0][0]}{got[pairs[0][0][:-2]]!r}", "Work this one out with numbers of your own.") if pairs and all(isinstance(v, str) for v in expected.values()) else None  # fmt: skip
+            pairs = [(k, got[k]) for k in expected if expected[k] != got[k]]
+            if not pairs or not all(isinstance(v, str) for v in expected.values()):
+                return None
+            return "{}: {!r}".format(*pairs[0]), "Work this one out with numbers of your own."
         if not isinstance(expected, (str, bool)) or type(expected) is not type(got):
             return None
         confused.add((expected, got))
@@ -132,7 +137,7 @@ def factor(trial, wrong):
     """Off by the same factor, or by the same term, in every number of every case."""
     expected, got = [], []
     for e, g in zip(trial.expected, trial.got):
-        if g.error or not isinstance(e.value, (Tensor, int, float)) or not isinstance(g.value, (Tensor, int, float)):
+        if g.error or not all(isinstance(o.value, (Tensor, int, float)) for o in (e, g)):
             return None
         a, b = torch.as_tensor(e.value), torch.as_tensor(g.value)
         if a.shape != b.shape or not finite(e.value) or not finite(g.value):
@@ -155,23 +160,34 @@ def part(trial, wrong):
     """Of several values some are right in all cases."""
     bad, size = set(), set()
     for expected, got in zip(trial.expected, trial.got):
-        if got.error or not isinstance(expected.value, list | dict) or type(got.value) is not type(expected.value):
+        right, mine = (
+            dict(enumerate(o.value)) if isinstance(o.value, list) else o.value
+            for o in (expected, got)
+        )
+        if not isinstance(right, dict) or not isinstance(mine, dict) or set(right) != set(mine):
             return None
-        keys = list(expected.value) if isinstance(got.value, dict) else list(range(len(expected.value)))
-        if len(got.value) != len(keys) or (isinstance(got.value, dict) and set(keys) != set(got.value)):
-            return None
-        size.add(len(keys))
-        bad |= {k for k in keys if engine.difference(expected.value[k], got.value[k], trial.tolerance)}
+        size.add(len(right))
+        bad |= {k for k in right if engine.difference(right[k], mine[k], trial.tolerance)}
     if len(size) != 1 or not bad or len(bad) == size.pop() or len(bad) > 3:
         return None
     names = " and ".join(repr(k) if isinstance(k, str) else f"value {k + 1}" for k in sorted(bad))
     return f"{names} alone", "All other values are right, in every case."
 
 
+FORMS = (
+    "your code raised TypeError", "expected the shape", "expected a tensor", "expected torch",
+    "expected a number", "expected a whole", "expected a str", "expected a dict",
+    "your function returns None", "your dictionary has",
+)  # fmt: skip
+
+
 def fits_another(trial, wrong):
     """The shape or the number of entries is wrong everywhere."""
     for i in wrong:
         said = engine.complaint(trial.expected[i], trial.got[i], trial.tolerance, trial.names)
-        if not said.startswith(("your code raised TypeError", "expected the shape", "expected a tensor", "expected torch", "expected a number", "expected a whole", "expected a str", "expected a dict", "your function returns None", "your dictionary has")) and " values, got" not in said:  # fmt: skip
+        if not said.startswith(FORMS) and " values, got" not in said:
             return None
     return "another form of result", "Look at what the task asks for: how many numbers, in which shape?"
+
+
+SYMPTOMS = (overflow, overlooked, detached, unused, always, one_word, factor, part, fits_another)
