@@ -15,10 +15,12 @@ from pathlib import Path
 import nbformat
 
 from dpo_mini.course.checks import exercise
+from dpo_mini.course.checks.engine import Exercise
 
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", flags=re.S | re.M)
 STUB = r"\1# YOUR CODE HERE\n\1raise NotImplementedError()"
 CHECK = re.compile(r'^check\("(\d\d\.\d)"', flags=re.M)
+HEADING = re.compile(r"## (\d\d\.\d)\b[^\n]*\n\n[^\n]*")
 
 
 def learner_copy(notebook):
@@ -32,10 +34,13 @@ def learner_copy(notebook):
 
 
 def stamped(notebook):
-    """The notebook with nbgrader's metadata on its solution and check cells, without outputs."""
+    """The notebook with each exercise's title and facts from its check, and with nbgrader's metadata
+    on its solution and check cells, without outputs.
+    """
     copied, waiting = copy.deepcopy(notebook), None
     for cell in copied.cells:
         if cell.cell_type != "code":
+            cell.source = HEADING.sub(lambda found: heading(exercise(found[1])), cell.source)
             continue
         cell.outputs, cell.execution_count = [], None
         cell.metadata.pop("nbgrader", None)
@@ -51,6 +56,18 @@ def stamped(notebook):
             if waiting is not None:
                 waiting.metadata["nbgrader"]["grade_id"] = f"answer-{name}"
     return copied
+
+
+def heading(exercise: Exercise) -> str:
+    """The first two lines of an exercise's text: its title, and what a learner should know of it."""
+    facts = [
+        f"**{exercise.kind.capitalize()}**",
+        f"difficulty {exercise.difficulty} of 5",
+        f"importance {exercise.importance} of 5",
+        f"{exercise.minutes} minutes",
+        *(["workshop"] if exercise.workshop else []),
+    ]
+    return f"## {exercise.id} {exercise.title}\n\n{' · '.join(facts)}"
 
 
 def mark(id: str, grade=False, locked=False, solution=False) -> dict:

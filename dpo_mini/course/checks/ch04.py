@@ -6,13 +6,10 @@ from fractions import Fraction
 
 import sympy
 import torch
-from torch import Tensor
 
 from dpo_mini import exact
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 from dpo_mini.losses import dpo_loss
-
-# --- 04.1 the slope of the loss ---
 
 BETA, DELTA = sympy.Symbol("beta", positive=True), sympy.Symbol("Delta", real=True)
 
@@ -27,54 +24,30 @@ def sigma(z):
     return 1 / (1 + sympy.exp(-z))
 
 
+def slope(beta, Delta):
+    return -beta / (1 + sympy.exp(beta * Delta))
+
+
 SLOPE = Exercise(
-    id="04.1",
-    title="The slope of the loss",
-    kind="derive",
-    truth=slope_truth,
-    cases=lambda generator: [(BETA, DELTA)],
-    wrong=(
-        Wrong("the sign", lambda b, d: b * sigma(-b * d),
-              "A larger margin makes the loss smaller: which sign must its slope have?"),
-        Wrong("the factor beta is missing", lambda b, d: -sigma(-b * d),
-              "That is the derivative by the whole argument, beta Delta. The chain rule has one more factor."),
-        Wrong("beta is missing inside the sigmoid", lambda b, d: -b * sigma(-d),
-              "The chain rule multiplies by an inner derivative, but the argument of the sigmoid stays what it was."),
-        Wrong("beta is missing everywhere", lambda b, d: -sigma(-d),
-              "The loss is a function of beta times Delta, not of Delta alone."),
-        Wrong("the weight grows with the margin", lambda b, d: -b * sigma(b * d),
-              "A pair that is ranked rightly by far should hardly pull at all: try a large Delta."),
-        Wrong("the logarithm is forgotten", lambda b, d: -b * sigma(b * d) * sigma(-b * d),
-              "That is the slope of -sigma. The logarithm outside it divides by its argument."),
-        Wrong("the derivative by beta", lambda b, d: -d * sigma(-b * d),
-              "Delta is what training moves; beta is a constant here. By which of the two did you differentiate?"),
-        Wrong("only its value at the start", lambda b, d: -b / 2,
-              "That holds where Delta is 0. What becomes of the pull as the margin grows?"),
-        Wrong("beta twice", lambda b, d: -(b**2) * sigma(-b * d),
-              "Every derivative brings out one factor beta, and you take one derivative."),
-        Wrong("divided by beta", lambda b, d: -sigma(-b * d) / b,
-              "The inner function is beta Delta; how fast does it grow when Delta does?"),
-        Wrong("the second derivative", lambda b, d: b**2 * sigma(b * d) * sigma(-b * d),
-              "You differentiated once too often: that is how fast the pull fades."),
-        Wrong("the loss itself", lambda b, d: -sympy.log(sigma(b * d)),
-              "That is the loss; the task asks for its derivative by Delta."),
-        Wrong("no sigmoid", lambda b, d: -b * sympy.exp(-b * d),
-              "That is close for large margins only. At Delta = 0 the slope should be half of -beta."),
-        Wrong("zero", lambda b, d: sympy.Integer(0),
-              "No finite margin ends the pull completely: the loss goes on falling, ever more slowly."),
-    ),
-    others=(
+    "04.1", "The slope of the loss", "derive", difficulty=1, importance=4, minutes=5,
+    truth=slope_truth, cases=lambda generator: [(BETA, DELTA)],
+    right=(
+        slope,
         lambda b, d: -b / (1 + sympy.exp(b * d)),
         lambda b, d: b * (sigma(b * d) - 1),
         lambda b, d: -b * (1 - sympy.tanh(b * d / 2)) / 2,
     ),
-    tolerance=1e-9,
-    difficulty=1,
-    importance=4,
-    minutes=5,
+    wrong=(
+        Wrong("beta is missing inside the sigmoid", "beta * Delta -> Delta", "The chain rule multiplies by an inner derivative, but the argument of the sigmoid stays what it was."),
+        Wrong("the weight grows with the margin", "Delta = -Delta", "A pair that is ranked rightly by far should hardly pull at all: try a large Delta."),
+        Wrong("the logarithm is forgotten", lambda b, d: -b * sigma(b * d) * sigma(-b * d), "That is the slope of -sigma. The logarithm outside it divides by its argument."),
+        Wrong("only its value at the start", "Delta = 0 * Delta", "That holds where Delta is 0. What becomes of the pull as the margin grows?"),
+        Wrong("divided by beta", lambda b, d: -sigma(-b * d) / b, "The inner function is beta Delta; how fast does it grow when Delta does?"),
+        Wrong("the second derivative", lambda b, d: b**2 * sigma(b * d) * sigma(-b * d), "You differentiated once too often: that is how fast the pull fades."),
+        Wrong("the loss itself", lambda b, d: -sympy.log(sigma(b * d)), "That is the loss; the task asks for its derivative by Delta."),
+        Wrong("no sigmoid", "1 + sympy.exp(beta * Delta) -> sympy.exp(beta * Delta)", "That is close for large margins only. At Delta = 0 the slope should be half of -beta."),
+    ),
 )  # fmt: skip
-
-# --- 04.2 the gradient by hand ---
 
 
 def gradient_cases(generator):
@@ -88,7 +61,7 @@ def gradient_cases(generator):
         (*logps(1, 2.0), 0.5),
         (*logps(4, 10.0), 0.1),
         (*logps(7, 4.0), 0.7),
-        (extreme, zero, zero, zero, 2.0),
+        Edge("the numbers are extreme", (extreme, zero, zero, zero, 2.0)),
     ]
 
 
@@ -101,83 +74,33 @@ def gradient_truth(chosen, rejected, reference_chosen, reference_rejected, beta)
         return torch.autograd.grad(loss, (chosen, rejected))
 
 
-def delta(w, l, rw, rl):
-    return (w - rw) - (l - rl)
-
-
-def pulled(size: Tensor) -> tuple[Tensor, Tensor]:
-    """A pull of this size: chosen up, rejected down, as the gradient of a loss."""
+def dpo_gradient(chosen, rejected, reference_chosen, reference_rejected, beta):
+    margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+    size = beta * torch.sigmoid(-beta * margin) / len(chosen)
     return -size, size
 
 
-def weight_by_exponentials(z):
-    return (-z).exp() / (1 + (-z).exp())
-
-
 GRADIENT = Exercise(
-    id="04.2",
-    title="The gradient by hand",
-    kind="implement",
-    truth=gradient_truth,
-    cases=gradient_cases,
-    wrong=(
-        Wrong("the signs", lambda *a: pulled(-a[4] * torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "A step goes against the gradient. If the chosen log-probability is to rise, which sign has its entry?"),
-        Wrong("sum for mean", lambda *a: pulled(a[4] * torch.sigmoid(-a[4] * delta(*a[:4]))),
-              "This is the gradient of the batch's total loss. The training loop takes the mean: what does that do to each pair's share?"),
-        Wrong("beta is missing in front", lambda *a: pulled(torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "The reward is beta times a log-ratio, so the chain rule brings out one factor."),
-        Wrong("beta is missing in the weight", lambda *a: pulled(a[4] * torch.sigmoid(-delta(*a[:4])) / len(a[0])),
-              "The weight compares rewards, not log-ratios."),
-        Wrong("beta is missing everywhere", lambda *a: pulled(torch.sigmoid(-delta(*a[:4])) / len(a[0])),
-              "Beta scales the rewards: it stands in the weight and, by the chain rule, in front."),
-        Wrong("beta twice in front", lambda *a: pulled(a[4] ** 2 * torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "Which single inner derivative does the chain rule bring out?"),
-        Wrong("divided by beta in the weight", lambda *a: pulled(a[4] * torch.sigmoid(-delta(*a[:4]) / a[4]) / len(a[0])),
-              "The implicit reward is beta times the log-ratio: a small beta makes rewards small."),
-        Wrong("easy pairs pull hardest", lambda *a: pulled(a[4] * torch.sigmoid(a[4] * delta(*a[:4])) / len(a[0])),
-              "The weight is the chance that the policy judges wrongly. What should it be for a pair with a large margin?"),
-        Wrong("no weight", lambda *a: pulled(torch.full_like(a[0], a[4] / len(a[0]))),
-              "Then every pair pulls equally for ever. What tells a settled pair from one that is ranked wrongly?"),
-        Wrong("the weight at the start, for ever", lambda *a: pulled(torch.full_like(a[0], a[4] / 2 / len(a[0]))),
-              "One half is right where policy and reference agree. The policy has moved since."),
-        Wrong("no reference", lambda *a: pulled(a[4] * torch.sigmoid(-a[4] * (a[0] - a[1])) / len(a[0])),
-              "The reference has no gradient, but the weight depends on it: rewards are log-ratios."),
-        Wrong("the reference is added", lambda *a: pulled(a[4] * torch.sigmoid(-a[4] * ((a[0] + a[2]) - (a[1] + a[3]))) / len(a[0])),
-              "A log-ratio subtracts each completion's own reference; check how each of the four numbers enters the margin."),
-        Wrong("the logarithm is forgotten", lambda *a: pulled(a[4] * torch.sigmoid(a[4] * delta(*a[:4])) * torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "That is the slope of -sigma, which vanishes for pairs that are badly wrong, too. The loss is its logarithm."),
-        Wrong("both are pushed up", lambda *a: (lambda g: (-g, -g))(a[4] * torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "The rejected log-probability enters the margin with the opposite sign."),
-        Wrong("the rejected one does not pull", lambda *a: (lambda g: (-g, 0 * g))(a[4] * torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "The margin has two moving parts, and the loss feels both equally."),
-        Wrong("one average weight for all pairs", lambda *a: pulled((a[4] * torch.sigmoid(-a[4] * delta(*a[:4]))).mean().expand_as(a[0]) / len(a[0])),
-              "Pair i's log-probability enters only loss i: its entry has its own weight, whatever the other pairs do."),
-        Wrong("the weight of the average margin", lambda *a: pulled(a[4] * torch.sigmoid(-a[4] * delta(*a[:4]).mean()).expand_as(a[0]) / len(a[0])),
-              "The mean is taken of the losses, not of the margins: each pair keeps its own weight."),
-        Wrong("half", lambda *a: pulled(a[4] / 2 * torch.sigmoid(-a[4] * delta(*a[:4])) / len(a[0])),
-              "Divide by the number of pairs, not of completions: each completion feels its pair's full weight."),
-        Wrong("float32 in the middle", lambda *a: pulled(a[4] * torch.sigmoid(-a[4] * delta(*a[:4]).float()).double() / len(a[0])),
-              "The arguments are float64 and seven digits are not enough here: where do you convert, or make a new tensor?"),
-        Wrong("the loss as weight", lambda *a: pulled(a[4] * torch.nn.functional.softplus(-a[4] * delta(*a[:4]), threshold=1000) / len(a[0])),
-              "A gradient contains the slope of the log-sigmoid, not its value. However wrong a pair is, its weight stays below 1."),
-        Wrong("zeros", lambda *a: (0 * a[0], 0 * a[0]),
-              "Even where policy and reference agree, each pair pulls with half of beta."),
-        Wrong("exponentials overflow", lambda *a: pulled(a[4] * weight_by_exponentials(a[4] * delta(*a[:4])) / len(a[0])),
-              "The exponential of ten thousand is infinite, and infinity over infinity is not a number. torch has a function for this."),
-    ),
-    others=(
+    "04.2", "The gradient by hand", "implement", difficulty=3, importance=4, minutes=10,
+    truth=gradient_truth, cases=gradient_cases, tolerance=1e-10,
+    right=(
+        dpo_gradient,
         lambda w, l, rw, rl, b: (lambda p: (b * (p - 1) / p.numel(), b * (1 - p) / p.numel()))(torch.sigmoid(b * (w - l - rw + rl))),
-        lambda w, l, rw, rl, b: pulled(b / w.shape[0] / (1 + (b * ((w - rw) - (l - rl))).exp())),
+        lambda w, l, rw, rl, b: (lambda s: (-s, s))(b / w.shape[0] / (1 + (b * ((w - rw) - (l - rl))).exp())),
         lambda w, l, rw, rl, b: (lambda p: (b / len(w) * (p[0] - 1), b / len(w) * p[1]))(torch.stack((b * (w - rw), b * (l - rl))).softmax(0)),
     ),
-    tolerance=1e-10,
-    difficulty=3,
-    importance=4,
-    minutes=10,
+    wrong=(
+        Wrong("beta is missing in the weight", "-beta * margin -> -margin", "The weight compares rewards, not log-ratios."),
+        Wrong("divided by beta in the weight", "-beta * margin -> -margin / beta", "The implicit reward is beta times the log-ratio: a small beta makes rewards small."),
+        Wrong("no weight", "torch.sigmoid(-beta * margin) -> torch.ones_like(margin)", "Then every pair pulls equally for ever. What tells a settled pair from one that is ranked wrongly?"),
+        Wrong("the weight at the start, for ever", "torch.sigmoid(-beta * margin) -> torch.full_like(margin, 0.5)", "One half is right where policy and reference agree. The policy has moved since."),
+        Wrong("the logarithm is forgotten", "torch.sigmoid(-beta * margin) -> torch.sigmoid(beta * margin) * torch.sigmoid(-beta * margin)", "That is the slope of -sigma, which vanishes for pairs that are badly wrong, too. The loss is its logarithm."),
+        Wrong("one average weight for all pairs", "return -size, size -> size = size.mean().expand_as(margin); return -size, size", "Pair i's log-probability enters only loss i: its entry has its own weight, whatever the other pairs do."),
+        Wrong("the weight of the average margin", "torch.sigmoid(-beta * margin) -> torch.sigmoid(-beta * margin.mean()).expand_as(margin)", "The mean is taken of the losses, not of the margins: each pair keeps its own weight."),
+        Wrong("the loss as weight", "torch.sigmoid(-beta * margin) -> torch.nn.functional.softplus(-beta * margin, threshold=1000)", "A gradient contains the slope of the log-sigmoid, not its value. However wrong a pair is, its weight stays below 1."),
+        Wrong("exponentials overflow", "torch.sigmoid(-beta * margin) -> (-beta * margin).exp() / (1 + (-beta * margin).exp())", "The exponential of ten thousand is infinite, and infinity over infinity is not a number. torch has a function for this."),
+    ),
 )  # fmt: skip
-
-# --- 04.3 what a run logs ---
 
 
 def metrics_cases(generator):
@@ -192,13 +115,14 @@ def metrics_cases(generator):
 
     start = drawn(3)[:2]
     wide = torch.tensor([0.0, -1e4, 5.0, 0.0, 0.0], dtype=torch.float64)  # one pair far off
-    far = drawn(5, ties=1)
+    far, tied = drawn(5, ties=1), drawn(4, ties=3)
     return [
         (*drawn(1), 0.5),
         (*start, *start, 0.125),  # before the first step: all pairs tie
         (*drawn(6, ties=3), 0.125),
         (far[0] + wide, *far[1:], 0.25),
         (*drawn(8, ties=1), 2.0),
+        Edge("two rewards are nearly equal, but not quite", (tied[0] + 2.0**-30, *tied[1:], 0.5)),
     ]
 
 
@@ -212,73 +136,19 @@ def metrics_truth(chosen, rejected, reference_chosen, reference_rejected, beta):
     return tuple(float(sum(column) / len(pairs)) for column in (*columns, points))
 
 
-def half_sign(x):
-    return (1 + x.sign()) / 2
-
-
-def logged(w, l, rw, rl, b, rewards=None, margin=None, accuracy=half_sign, reduce=torch.mean):
-    """The metrics with one part replaced by a learner's mistake."""
-    chosen, rejected = rewards(w, l, rw, rl, b) if rewards else (b * (w - rw), b * (l - rl))
-    difference = chosen - rejected
-    shown = margin(w, l, rw, rl, b) if margin else difference
-    return tuple(reduce(x).item() for x in (chosen, rejected, shown, accuracy(difference)))
+def metrics(chosen, rejected, reference_chosen, reference_rejected, beta):
+    reward_chosen = beta * (chosen - reference_chosen)
+    reward_rejected = beta * (rejected - reference_rejected)
+    margins = reward_chosen - reward_rejected
+    accuracies = (1 + torch.sign(margins)) / 2
+    return tuple(x.mean().item() for x in (reward_chosen, reward_rejected, margins, accuracies))
 
 
 METRICS = Exercise(
-    id="04.3",
-    title="What a run logs",
-    kind="implement",
-    truth=metrics_truth,
-    cases=metrics_cases,
-    wrong=(
-        Wrong("ties count as wrong", lambda *a: logged(*a, accuracy=lambda m: (m > 0).double()),
-              "Before the first step every pair ties, and an accuracy of 0 would look like a disaster. What would a coin score?"),
-        Wrong("ties count as right", lambda *a: logged(*a, accuracy=lambda m: (m >= 0).double()),
-              "Before the first step every pair ties, and nothing has been learned that could deserve an accuracy of 1."),
-        Wrong("accuracy without the reference", lambda *a: logged(*a)[:3] + (half_sign(a[0] - a[1]).mean().item(),),
-              "Which text is more likely is another question, and mostly one of length. Accuracy compares implicit rewards."),
-        Wrong("accuracy of the average pair", lambda *a: logged(*a)[:3] + (half_sign(delta(*a[:4]).mean()).item(),),
-              "One pair with a huge margin would decide for all. Score each pair, then take the mean."),
-        Wrong("a probability for the accuracy", lambda *a: logged(*a, accuracy=torch.sigmoid),
-              "The sigmoid is the policy's confidence. Accuracy counts only who is ahead, by however little."),
-        Wrong("the chosen reward alone decides", lambda *a: logged(*a)[:3] + (half_sign(a[0] - a[2]).mean().item(),),
-              "The level of a reward means nothing: only the two rewards of one pair can be compared."),
-        Wrong("the accuracy in percent", lambda *a: logged(*a, accuracy=lambda m: 100 * half_sign(m)),
-              "The task asks for a share between 0 and 1."),
-        Wrong("beta is missing", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (w - rw, l - rl)),
-              "These are log-ratios in nats. What makes a reward of them?"),
-        Wrong("the margin in nats", lambda *a: logged(*a, margin=lambda w, l, rw, rl, b: delta(w, l, rw, rl)),
-              "The logged margin is the difference of the two rewards beside it, in the reward's unit."),
-        Wrong("the margin without the reference", lambda *a: logged(*a, margin=lambda w, l, rw, rl, b: b * (w - l)),
-              "The margin must be the difference of the two rewards beside it."),
-        Wrong("beta twice in the margin", lambda *a: logged(*a, margin=lambda w, l, rw, rl, b: b * b * delta(w, l, rw, rl)),
-              "The rewards contain beta already when you subtract them."),
-        Wrong("the margin without its sign", lambda *a: logged(*a, margin=lambda w, l, rw, rl, b: (b * delta(w, l, rw, rl)).abs()),
-              "A pair that is ranked wrongly has a negative margin and must pull the average down."),
-        Wrong("the margin's sign", lambda *a: logged(*a, margin=lambda w, l, rw, rl, b: -b * delta(w, l, rw, rl)),
-              "The margin is what the chosen completion is ahead by."),
-        Wrong("no reference", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (b * w, b * l)),
-              "The implicit reward measures what training has changed. From what?"),
-        Wrong("the wrong completion's reference", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (b * (w - rl), b * (l - rw))),
-              "Each completion is compared with itself under the reference."),
-        Wrong("the reference is added", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (b * (w + rw), b * (l + rl))),
-              "The logarithm of a ratio is a difference."),
-        Wrong("policy and reference swapped", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (b * (rw - w), b * (rl - l))),
-              "Where the policy has made a text more likely, its implicit reward must be positive."),
-        Wrong("chosen and rejected swapped", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (b * (l - rl), b * (w - rw))),
-              "Look at the order of the arguments and at the order of what you return: the chosen one comes first in both."),
-        Wrong("divided by beta", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: ((w - rw) / b, (l - rl) / b)),
-              "In pi = pi_ref exp(r/beta) / Z, solve for r once more: where does beta go?"),
-        Wrong("ratios without a logarithm", lambda *a: logged(*a, rewards=lambda w, l, rw, rl, b: (b * (w - rw).exp(), b * (l - rl).exp())),
-              "The reward is beta times the logarithm of the ratio, and differences of log-probabilities are logarithms already."),
-        Wrong("sums for means", lambda *a: logged(*a, reduce=torch.sum),
-              "A log must not depend on the size of the batch."),
-        Wrong("the last pair alone", lambda *a: logged(*a, reduce=lambda x: x[-1]),
-              "Every pair of the batch counts: take the mean over all of them."),
-        Wrong("zeros", lambda *a: (0.0, 0.0, 0.0, 0.0),
-              "Rewards are 0 only where policy and reference agree."),
-    ),
-    others=(
+    "04.3", "What a run logs", "implement", difficulty=2, importance=4, minutes=10,
+    truth=metrics_truth, cases=metrics_cases,
+    right=(
+        metrics,
         lambda w, l, rw, rl, b: (
             (lambda m: (b * (w - rw).mean(), b * (l - rl).mean(), b * m.mean(), 0.5 * (m > 0).double().mean() + 0.5 * (m >= 0).double().mean()))((w - l) - (rw - rl))
         ),
@@ -286,13 +156,20 @@ METRICS = Exercise(
             (b * x).mean().item() for x in (w - rw, l - rl, w - rw - l + rl)
         ) + (torch.heaviside(w - rw - l + rl, torch.tensor(0.5, dtype=w.dtype)).mean().item(),),
     ),
-    tolerance=1e-9,
-    difficulty=2,
-    importance=4,
-    minutes=10,
+    wrong=(
+        Wrong("ties count as wrong", "(1 + torch.sign(margins)) / 2 -> (margins > 0).double()", "Before the first step every pair ties, and an accuracy of 0 would look like a disaster. What would a coin score?"),
+        Wrong("ties count as right", "(1 + torch.sign(margins)) / 2 -> (margins >= 0).double()", "Before the first step every pair ties, and nothing has been learned that could deserve an accuracy of 1."),
+        Wrong("accuracy without the reference", "torch.sign(margins) -> torch.sign(chosen - rejected)", "Which text is more likely is another question, and mostly one of length. Accuracy compares implicit rewards."),
+        Wrong("accuracy of the average pair", "torch.sign(margins) -> torch.sign(margins.mean())", "One pair with a huge margin would decide for all. Score each pair, then take the mean."),
+        Wrong("a probability for the accuracy", "(1 + torch.sign(margins)) / 2 -> torch.sigmoid(margins)", "The sigmoid is the policy's confidence. Accuracy counts only who is ahead, by however little."),
+        Wrong("the chosen reward alone decides", "torch.sign(margins) -> torch.sign(reward_chosen)", "The level of a reward means nothing: only the two rewards of one pair can be compared."),
+        Wrong("the margin without the reference", "margins, accuracies -> beta * (chosen - rejected), accuracies", "The margin must be the difference of the two rewards beside it."),
+        Wrong("the margin without its sign", "margins, accuracies -> margins.abs(), accuracies", "A pair that is ranked wrongly has a negative margin and must pull the average down."),
+        Wrong("ratios without a logarithm", "(chosen - reference_chosen) -> (chosen - reference_chosen).exp() | (rejected - reference_rejected) -> (rejected - reference_rejected).exp()",
+              "The reward is beta times the logarithm of the ratio, and differences of log-probabilities are logarithms already."),
+        Wrong("the last pair alone", "x.mean() -> x[-1]", "Every pair of the batch counts: take the mean over all of them."),
+    ),
 )  # fmt: skip
-
-# --- 04.4 which way beta turns ---
 
 
 def beta_truth():
@@ -345,48 +222,25 @@ def beta_truth():
 
 
 WHICH_WAY = Exercise(
-    id="04.4",
-    title="Which way beta turns",
-    kind="predict",
-    truth=beta_truth,
-    cases=lambda generator: [()],
+    "04.4", "Which way beta turns", "predict", difficulty=3, importance=5, minutes=6, workshop=True,
+    truth=beta_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("a large beta taken for a long leash", lambda: {"KL of the optimum": "larger"},
-              "In the objective beta is the price of a nat of KL. What does one do with what becomes dearer?"),
-        Wrong("beta taken for a mere learning rate", lambda: {"KL of the optimum": "same"},
-              "A scale in front of the loss cannot move the optimum, but beta also stands inside the sigmoid."),
-        Wrong("the loss's scale taken for beta", lambda: {"KL, loss times 10": "smaller"},
-              "Where a function is smallest, ten times the function is smallest too."),
-        Wrong("a larger loss taken for a longer way", lambda: {"KL, loss times 10": "larger"},
-              "Where a function is smallest, ten times the function is smallest too."),
-        Wrong("beta in front forgotten", lambda: {"gradient at the start": "same"},
-              "That is so for the weight. What else stands in the gradient, in front of it?"),
-        Wrong("a large beta taken for a weak gradient", lambda: {"gradient at the start": "smaller"},
-              "At the start the weight does not depend on beta; look at the factor in front of it."),
-        Wrong("the start's weight mixed up with its gradient", lambda: {"weight at the start": "larger"},
-              "At the start the margin is 0. What is beta times 0, and the sigmoid of that?"),
-        Wrong("a large beta taken for a light weight", lambda: {"weight at the start": "smaller"},
-              "At the start the margin is 0. What is beta times 0, and the sigmoid of that?"),
-        Wrong("gentler on wrong pairs", lambda: {"weight, wrong pair": "smaller"},
-              "Put the margin -10 into sigma(-beta Delta): does a larger beta bring it nearer to 1 or to 1/2?"),
-        Wrong("wrong pairs beyond beta's reach", lambda: {"weight, wrong pair": "same"},
-              "Put the margin -10 into sigma(-beta Delta) with beta 0.05, then with 0.5."),
-        Wrong("harder on right pairs", lambda: {"weight, right pair": "larger"},
-              "Which beta is satisfied with a small margin and then lets go?"),
-        Wrong("right pairs beyond beta's reach", lambda: {"weight, right pair": "same"},
-              "Put the margin 10 into sigma(-beta Delta) with beta 0.05, then with 0.5."),
-        Wrong("beta multiplied, margin forgotten", lambda: {"reward margin of the optimum": "larger"},
-              "Beta grows, but the log-ratios of the optimum shrink. By how much: what is pi* for a reward r?"),
-        Wrong("the margin shrinks, beta forgotten", lambda: {"reward margin of the optimum": "smaller"},
-              "The margin in nats shrinks, but a reward multiplies it by beta. Which rewards explain the labels best?"),
+        Wrong("a large beta taken for a long leash", {"KL of the optimum": "larger"}, "In the objective beta is the price of a nat of KL. What does one do with what becomes dearer?"),
+        Wrong("beta taken for a mere learning rate", {"KL of the optimum": "same"}, "A scale in front of the loss cannot move the optimum, but beta also stands inside the sigmoid."),
+        Wrong("the loss's scale taken for beta", {"KL, loss times 10": "smaller"}, "Where a function is smallest, ten times the function is smallest too."),
+        Wrong("a larger loss taken for a longer way", {"KL, loss times 10": "larger"}, "Where a function is smallest, ten times the function is smallest too."),
+        Wrong("beta in front forgotten", {"gradient at the start": "same"}, "That is so for the weight. What else stands in the gradient, in front of it?"),
+        Wrong("a large beta taken for a weak gradient", {"gradient at the start": "smaller"}, "At the start the weight does not depend on beta; look at the factor in front of it."),
+        Wrong("the start's weight mixed up with its gradient", {"weight at the start": "larger"}, "At the start the margin is 0. What is beta times 0, and the sigmoid of that?"),
+        Wrong("a large beta taken for a light weight", {"weight at the start": "smaller"}, "At the start the margin is 0. What is beta times 0, and the sigmoid of that?"),
+        Wrong("gentler on wrong pairs", {"weight, wrong pair": "smaller"}, "Put the margin -10 into sigma(-beta Delta): does a larger beta bring it nearer to 1 or to 1/2?"),
+        Wrong("wrong pairs beyond beta's reach", {"weight, wrong pair": "same"}, "Put the margin -10 into sigma(-beta Delta) with beta 0.05, then with 0.5."),
+        Wrong("harder on right pairs", {"weight, right pair": "larger"}, "Which beta is satisfied with a small margin and then lets go?"),
+        Wrong("right pairs beyond beta's reach", {"weight, right pair": "same"}, "Put the margin 10 into sigma(-beta Delta) with beta 0.05, then with 0.5."),
+        Wrong("beta multiplied, margin forgotten", {"reward margin of the optimum": "larger"}, "Beta grows, but the log-ratios of the optimum shrink. By how much: what is pi* for a reward r?"),
+        Wrong("the margin shrinks, beta forgotten", {"reward margin of the optimum": "smaller"}, "The margin in nats shrinks, but a reward multiplies it by beta. Which rewards explain the labels best?"),
     ),
-    difficulty=3,
-    importance=5,
-    minutes=6,
-    workshop=True,
 )  # fmt: skip
-
-# --- 04.5 read a run ---
 
 
 def run_log(generator, steps, window, quiet, end, begin=(0.0, 0.0), spread=0.0, drift=0.0):
@@ -414,28 +268,28 @@ def reading_cases(generator):
 
     start = run(3, 2, 1.0, (0.0, 0.0))
     return [
-        run(2, 1, 0.5, (-2.0, -8.0)),  # both fall, the rejected one further
-        run(3, 1, 0.2, (2.0, -3.0)),  # as one hopes
-        run(4, 2, 0.5, (-3.0, 2.0)),  # against the labels
-        run(4, 1, 0.5, (-6.0, -2.0)),  # against the labels while both fall
-        run(4, 2, 0.5, (1.0, 4.0)),  # against the labels while both rise
-        run(5, 2, 0.3, (5.0, 2.0)),  # both rise, the chosen one further
-        run(5, 3, 0.5, (-5.0, -5.1)),  # both fall alike
-        run(5, 3, 1.0, (0.6, -0.2)),  # a margin within the noise
-        run(5, 3, 0.4, (0.6, -0.2)),  # the same margin beyond it
-        run(6, 4, 0.5, (-0.2, -4.0)),  # the chosen one slips within the noise
-        run(6, 3, 0.5, (0.2, -4.0)),  # the chosen one holds
-        run(8, 3, 0.5, (-2.0, -4.0), begin=(8.0, -4.0)),  # rose first, then fell
-        run(8, 3, 0.5, (2.0, -4.0), begin=(-6.0, -9.0)),  # fell first, then recovered
-        run(8, 5, 0.5, (0.5, -2.0), spread=4.0),  # the last step alone is low
-        run(8, 5, 0.5, (-1.5, -4.0), spread=-5.0),  # the last step alone is high
-        run(8, 5, 0.5, (-1.5, -4.0), spread=10.0),  # one step far down outweighs four
-        run(6, 2, 0.5, (1.0, -2.0), spread=8.0),  # the first step of the window saves it
-        run(3, 3, 0.5, (-1.0, -3.0), spread=1.0),  # the window is the whole run
-        run(7, 2, 0.5, (-3.0, -6.0), drift=40.0),  # later batches are easier
-        run(7, 2, 0.5, (3.0, -1.0), drift=-40.0),  # later batches are harder
-        (start[2], start[3], start[2], start[3], 2, 0.0),  # before the first step
-        (start[2], start[3] - 1, start[2], start[3], 2, 0.0),  # only the rejected one has moved
+        Edge("both fall, the rejected one further", run(2, 1, 0.5, (-2.0, -8.0))),
+        Edge("as one hopes", run(3, 1, 0.2, (2.0, -3.0))),
+        Edge("against the labels", run(4, 2, 0.5, (-3.0, 2.0))),
+        Edge("against the labels while both fall", run(4, 1, 0.5, (-6.0, -2.0))),
+        Edge("against the labels while both rise", run(4, 2, 0.5, (1.0, 4.0))),
+        Edge("both rise, the chosen one further", run(5, 2, 0.3, (5.0, 2.0))),
+        Edge("both fall alike", run(5, 3, 0.5, (-5.0, -5.1))),
+        Edge("a margin within the noise", run(5, 3, 1.0, (0.6, -0.2))),
+        Edge("the same margin beyond it", run(5, 3, 0.4, (0.6, -0.2))),
+        Edge("the chosen one slips within the noise", run(6, 4, 0.5, (-0.2, -4.0))),
+        Edge("the chosen one holds", run(6, 3, 0.5, (0.2, -4.0))),
+        Edge("rose first, then fell", run(8, 3, 0.5, (-2.0, -4.0), begin=(8.0, -4.0))),
+        Edge("fell first, then recovered", run(8, 3, 0.5, (2.0, -4.0), begin=(-6.0, -9.0))),
+        Edge("the last step alone is low", run(8, 5, 0.5, (0.5, -2.0), spread=4.0)),
+        Edge("the last step alone is high", run(8, 5, 0.5, (-1.5, -4.0), spread=-5.0)),
+        Edge("one step far down outweighs four", run(8, 5, 0.5, (-1.5, -4.0), spread=10.0)),
+        Edge("the first step of the window saves it", run(6, 2, 0.5, (1.0, -2.0), spread=8.0)),
+        Edge("the window is the whole run", run(3, 3, 0.5, (-1.0, -3.0), spread=1.0)),
+        Edge("later batches are easier", run(7, 2, 0.5, (-3.0, -6.0), drift=40.0)),
+        Edge("later batches are harder", run(7, 2, 0.5, (3.0, -1.0), drift=-40.0)),
+        Edge("before the first step", (start[2], start[3], start[2], start[3], 2, 0.0)),
+        Edge("only the rejected one has moved", (start[2], start[3] - 1, start[2], start[3], 2, 0.0)),
     ]
 
 
@@ -455,115 +309,50 @@ def reading_truth(chosen, rejected, reference_chosen, reference_rejected, window
     return table[margin + sense(up)] if margin == "+" else table[margin]
 
 
-def named(chosen, rejected, quiet):
-    margin = chosen - rejected
-    if abs(margin) <= quiet:
-        return "flat"
-    if margin < 0:
+def diagnosis(chosen, rejected, reference_chosen, reference_rejected, window, quiet):
+    c = (chosen - reference_chosen)[-window:].mean().item()
+    l = (rejected - reference_rejected)[-window:].mean().item()
+    if c - l < -quiet:
         return "wrong way"
-    return "displacement" if chosen < -quiet else "healthy"
-
-
-def ends(w, l, rw, rl, n):
-    return (w - rw)[-n:].mean().item(), (l - rl)[-n:].mean().item()
-
-
-def displaced_first(c, l, quiet):
-    return "displacement" if c < -quiet else named(c, l, quiet)
-
-
-def only_both_fall(c, l, quiet):
-    return "displacement" if c < -quiet and l < -quiet else named(c, l, quiet)
-
-
-def apart(c, l, quiet):
-    found = named(c, l, quiet)
-    return "displacement" if found == "healthy" and not (c > 0 > l) else found
-
-
-def flat_by_the_chosen(c, l, quiet):
-    if abs(c) <= quiet:
+    if c - l <= quiet:
         return "flat"
-    return "wrong way" if c < l else "displacement" if c < -quiet else "healthy"
-
-
-def by_the_rejected(c, l, quiet):
-    found = named(c, l, quiet)
-    return found if found in ("flat", "wrong way") else ("displacement" if l < -quiet else "healthy")  # fmt: skip
-
-
-def without_flat(c, l, quiet):
-    return "wrong way" if c <= l else "displacement" if c < -quiet else "healthy"
-
-
-def slipping(c, l, quiet):
-    found = named(c, l, quiet)
-    return "displacement" if found == "healthy" and c < 0 else found
+    if c < -quiet:
+        return "displacement"
+    return "healthy"
 
 
 READING = Exercise(
-    id="04.5",
-    title="Read a run",
-    kind="diagnose",
-    truth=reading_truth,
-    cases=reading_cases,
-    wrong=(
-        Wrong("only the margin is read", lambda *a: named(*ends(*a[:5]), a[5]).replace("displacement", "healthy"),
-              "The margin grows as well when both fall: the loss cannot tell the two apart, so look at the chosen one itself."),
-        Wrong("raw log-probabilities against the run's start",
-              lambda *a: named(*((x[-a[4]:].mean() - x[:a[4]].mean()).item() for x in a[:2]), a[5]),
-              "Every batch has other texts, some easier than others. What does each step have to be compared with?"),
-        Wrong("raw log-probabilities of chosen and rejected",
-              lambda *a: named(*(x[-a[4]:].mean().item() for x in a[:2]), a[5]),
-              "A log-probability below zero is no fall: all of them are. Measure each completion against its reference."),
-        Wrong("measured from the run's first step",
-              lambda *a: named(*(end - x[0].item() for end, x in zip(ends(*a[:5]), (a[0] - a[2], a[1] - a[3]))), a[5]),
-              "Zero is where the policy equals the reference, and a log may begin later than that."),
-        Wrong("the last step alone", lambda *a: named(*ends(*a[:4], 1), a[5]),
-              "One batch is a noisy witness: the task takes the mean over the window."),
-        Wrong("the whole run", lambda *a: named(*ends(*a[:4], len(a[0])), a[5]),
-              "The task asks where the run has come to; its early steps must not blur that."),
-        Wrong("the first steps for the last", lambda *a: named((a[0] - a[2])[:a[4]].mean().item(), (a[1] - a[3])[:a[4]].mean().item(), a[5]),
-              "Which end of the tensor does your slice take?"),
-        Wrong("one step too many", lambda *a: named(*ends(*a[:4], a[4] + 1), a[5]),
-              "Count the steps that your slice keeps when window is 1."),
-        Wrong("one step too few", lambda *a: named(*ends(*a[:4], a[4] - 1), a[5]),
-              "Count the steps that your slice keeps when window is 2; with window 1 it may even keep all."),
-        Wrong("the sum over the window", lambda *a: named(*(a[4] * x for x in ends(*a[:5])), a[5]),
-              "The longer the window, the larger a sum becomes, but quiet is a change in nats of one step's average pair."),
-        Wrong("the median for the mean",
-              lambda *a: named((a[0] - a[2])[-a[4]:].median().item(), (a[1] - a[3])[-a[4]:].median().item(), a[5]),
-              "The task says mean: one step far off counts in it, as it should here."),
-        Wrong("displacement is asked before the margin", lambda *a: displaced_first(*ends(*a[:5]), a[5]),
-              "Displacement means that the margin grew all the same. Where it shrank or stood still, that is the finding: mind the order of the rules."),
-        Wrong("both falling is displacement, whatever the margin did", lambda *a: only_both_fall(*ends(*a[:5]), a[5]),
-              "Displacement means that the margin grew all the same. Which rule comes first when both fell alike?"),
-        Wrong("healthy only where the two part in opposite directions", lambda *a: apart(*ends(*a[:5]), a[5]),
-              "Displacement is about the chosen one only. Where it rose, or slipped within the noise, is there anything to complain of?"),
-        Wrong("the rejected one decides", lambda *a: by_the_rejected(*ends(*a[:5]), a[5]),
-              "A falling rejected completion is what one wants. Which of the two must not fall?"),
-        Wrong("flat by the chosen one", lambda *a: flat_by_the_chosen(*ends(*a[:5]), a[5]),
-              "A run learns where the margin grows, even if the chosen one stands still. What does flat refer to?"),
-        Wrong("quiet is ignored", lambda *a: named(*ends(*a[:5]), 0.0),
-              "Batches are noisy: changes up to quiet count as none, in the margin and in the chosen one."),
-        Wrong("quiet is ignored for the margin", lambda *a: without_flat(*ends(*a[:5]), a[5]),
-              "A margin within the noise, of either sign, says nothing yet: which name has the task for that?"),
-        Wrong("quiet is ignored for the chosen one", lambda *a: slipping(*ends(*a[:5]), a[5]),
-              "A slip within the noise is no fall: the same bound holds for the chosen one as for the margin."),
-        Wrong("chosen and rejected swapped", lambda *a: named(*reversed(ends(*a[:5])), a[5]),
-              "Look at the order of the arguments: which one should be ahead?"),
-        Wrong("always healthy", lambda *a: "healthy",
-              "Take the example by hand: which way did the chosen one move?"),
-    ),
-    others=(
+    "04.5", "Read a run", "diagnose", difficulty=3, importance=5, minutes=10,
+    truth=reading_truth, cases=reading_cases,
+    right=(
+        diagnosis,
         lambda w, l, rw, rl, n, q: (lambda c, m: "wrong way" if m < -q else "flat" if m <= q else "displacement" if c < -q else "healthy")(
             (w[-n:].mean() - rw[-n:].mean()).item(), (w - rw - l + rl)[-n:].mean().item()),
         lambda w, l, rw, rl, n, q: (lambda c, r: "healthy" if c - r > q and c >= -q else "displacement" if c - r > q else "wrong way" if r - c > q else "flat")(
             sum((w - rw).tolist()[len(w) - n:]) / n, sum((l - rl).tolist()[len(w) - n:]) / n),
     ),
-    difficulty=3,
-    importance=5,
-    minutes=10,
+    wrong=(
+        Wrong("only the margin is read", "\"displacement\" -> \"healthy\"", "The margin grows as well when both fall: the loss cannot tell the two apart, so look at the chosen one itself."),
+        Wrong("raw log-probabilities against the run's start", "reference_chosen, reference_rejected = chosen[:window].mean(), rejected[:window].mean()", "Every batch has other texts, some easier than others. What does each step have to be compared with?"),
+        Wrong("measured from the run's first step", "c = (chosen - reference_chosen)[-window:] -> c = ((chosen - reference_chosen)[-window:] - (chosen - reference_chosen)[0]) | l = (rejected - reference_rejected)[-window:] -> l = ((rejected - reference_rejected)[-window:] - (rejected - reference_rejected)[0])",
+              "Zero is where the policy equals the reference, and a log may begin later than that."),
+        Wrong("the last step alone", "window = 1", "One batch is a noisy witness: the task takes the mean over the window."),
+        Wrong("the whole run", "window = len(chosen)", "The task asks where the run has come to; its early steps must not blur that."),
+        Wrong("the first steps for the last", "[-window:] -> [:window]", "Which end of the tensor does your slice take?"),
+        Wrong("the sum over the window", ".mean() -> .sum()", "The longer the window, the larger a sum becomes, but quiet is a change in nats of one step's average pair."),
+        Wrong("the median for the mean", ".mean() -> .median()", "The task says mean: one step far off counts in it, as it should here."),
+        Wrong("displacement is asked before the margin", "return \"wrong way\" -> return \"displacement\" if c < -quiet else \"wrong way\" | return \"flat\" -> return \"displacement\" if c < -quiet else \"flat\"",
+              "Displacement means that the margin grew all the same. Where it shrank or stood still, that is the finding: mind the order of the rules."),
+        Wrong("both falling is displacement, whatever the margin did", "return \"wrong way\" -> return \"displacement\" if max(c, l) < -quiet else \"wrong way\" | return \"flat\" -> return \"displacement\" if max(c, l) < -quiet else \"flat\"",
+              "Displacement means that the margin grew all the same. Which rule comes first when both fell alike?"),
+        Wrong("healthy only where the two part in opposite directions", "return \"healthy\" -> return \"healthy\" if c > 0 > l else \"displacement\"", "Displacement is about the chosen one only. Where it rose, or slipped within the noise, is there anything to complain of?"),
+        Wrong("the rejected one decides", "if c < -quiet -> if l < -quiet", "A falling rejected completion is what one wants. Which of the two must not fall?"),
+        Wrong("flat by the chosen one", "if c - l < -quiet -> if abs(c) > quiet and c < l | if c - l <= quiet -> if abs(c) <= quiet", "A run learns where the margin grows, even if the chosen one stands still. What does flat refer to?"),
+        Wrong("quiet is ignored", "quiet = 0", "Batches are noisy: changes up to quiet count as none, in the margin and in the chosen one."),
+        Wrong("quiet is ignored for the margin", "c - l < -quiet -> c <= l | c - l <= quiet -> False", "A margin within the noise, of either sign, says nothing yet: which name has the task for that?"),
+        Wrong("quiet is ignored for the chosen one", "if c < -quiet -> if c < 0", "A slip within the noise is no fall: the same bound holds for the chosen one as for the margin."),
+        Wrong("always healthy", "result = \"healthy\"", "Take the example by hand: which way did the chosen one move?"),
+    ),
 )  # fmt: skip
 
 EXERCISES = (SLOPE, GRADIENT, METRICS, WHICH_WAY, READING)

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from dpo_mini import exact
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 from dpo_mini.losses import dpo_loss
-
-# --- 05.1 the probability of a text ---
 
 
 def text_cases(generator):
@@ -38,13 +36,13 @@ def text_cases(generator):
 
     return [
         (table(3, 2), (1, 0)),
-        (table(3, 3), (2, 1, 2)),  # cut by the limit
+        Edge("cut by the limit", (table(3, 3), (2, 1, 2))),
         (table(3, 3), (1, 2, 0)),
         (table(2, 4), (1, 1, 1, 0)),
-        (table(4, 2), (0,)),  # the end at once
-        unlikely((2, 1, 0), (0, 1, 2), 300.0),  # a product of probabilities underflows
-        unlikely((2, 1, 0), (1,), 1000.0),  # one probability underflows
-        raised((1, 2), 900.0),  # exponentials overflow
+        Edge("the end at once", (table(4, 2), (0,))),
+        Edge("a product of probabilities underflows", unlikely((2, 1, 0), (0, 1, 2), 300.0)),
+        Edge("one probability underflows", unlikely((2, 1, 0), (1,), 1000.0)),
+        Edge("exponentials overflow", raised((1, 2), 900.0)),
     ]
 
 
@@ -63,82 +61,41 @@ def text_truth(table: dict, text: tuple) -> Tensor:
         return slope + float(product.ln())
 
 
-def step(table, text, t, beginning=None):
-    return table[text[:t] if beginning is None else beginning].log_softmax(0)[text[t]]
-
-
-def total(terms, like):
-    return sum(terms, next(iter(like.values())).sum() * 0)
+def text_logp(table, text):
+    steps = [table[text[:t]].log_softmax(-1)[text[t]] for t in range(len(text))]
+    return torch.stack(steps).sum()
 
 
 TEXT = Exercise(
-    id="05.1",
-    title="The log-probability of a text",
-    kind="implement",
-    truth=text_truth,
-    cases=text_cases,
-    wrong=(
-        Wrong("the end is not counted", lambda q, y: total((step(q, y, t) for t in range(len(y)) if y[t] != 0), q),
-              "To stop is a choice as well: without its probability, a text and all its continuations would each claim the same mass, and the sum over all texts would exceed 1."),
-        Wrong("a cut text pays for an end that it does not have", lambda q, y: total((step(q, y, t) for t in range(len(y))), q) + (0 if y[-1] == 0 else q[y].log_softmax(0)[0]),
-              "A text that the limit cuts was never asked whether it wants to end: only tokens that stand in it count."),
-        Wrong("mean over the tokens", lambda q, y: total((step(q, y, t) for t in range(len(y))), q) / len(y),
-              "The probability of a text is a product over its tokens, so its logarithm is a sum; a mean is no log-probability of anything."),
-        Wrong("logits that are not normalised", lambda q, y: total((q[y[:t]][y[t]] for t in range(len(y))), q),
-              "A logit says how likely a token is only beside the others of its row: what turns a row into log-probabilities?"),
-        Wrong("only the last token", lambda q, y: step(q, y, len(y) - 1),
-              "All the tokens before it had to be drawn too; the chain rule has one factor for each."),
-        Wrong("only the first token", lambda q, y: step(q, y, 0),
-              "This is the chance to begin like the text; it still has to go on like it."),
-        Wrong("the beginning includes the token itself", lambda q, y: total((step(q, y, t, y[: t + 1]) for t in range(len(y))), q),
-              "A token is drawn from the row of what stands before it; nothing comes after an end, so no row is there."),
-        Wrong("the beginning is one token short", lambda q, y: total((step(q, y, t, y[: max(t - 1, 0)]) for t in range(len(y))), q),
-              "The second token already sees the first: which slice of the text stands before token t?"),
-        Wrong("only the token before is seen", lambda q, y: total((step(q, y, t, y[max(t - 1, 0) : t]) for t in range(len(y))), q),
-              "This is a bigram model. A row of this table belongs to a whole beginning, not to its last token."),
-        Wrong("always the first row", lambda q, y: total((step(q, y, t, ()) for t in range(len(y))), q),
-              "Each token would be drawn as if nothing stood before it. The row changes with the beginning."),
-        Wrong("the softmax runs over beginnings", lambda q, y: total((torch.stack(list(q.values())).log_softmax(0)[list(q).index(y[:t]), y[t]] for t in range(len(y))), q),
-              "What must sum to 1: the chances of all next tokens after one beginning, or of one token after all beginnings?"),
-        Wrong("the likeliest token instead of the text's", lambda q, y: total((q[y[:t]].log_softmax(0).max() for t in range(len(y))), q),
-              "This is what greedy decoding would have said; we ask about the token that stands in the text."),
-        Wrong("the probability, not its logarithm", lambda q, y: total((step(q, y, t) for t in range(len(y))), q).exp(),
-              "The task asks for log pi(y); for a long text the probability itself is too small for a float."),
-        Wrong("the product of probabilities underflows", lambda q, y: torch.stack([q[y[:t]].softmax(0)[y[t]] for t in range(len(y))]).prod().log(),
-              "Three tokens of probability e^-300 are already below the smallest float64. Take logarithms before you combine them."),
-        Wrong("log(softmax) underflows", lambda q, y: total((q[y[:t]].softmax(0)[y[t]].log() for t in range(len(y))), q),
-              "A probability of e^-1000 is 0 in float64 and its logarithm infinite. torch has one function that does both steps at once."),
-        Wrong("the exponential of the logits overflows", lambda q, y: total((q[y[:t]][y[t]] - q[y[:t]].exp().sum().log() for t in range(len(y))), q),
-              "Only differences of logits matter, but e^900 is beyond float64. torch.logsumexp takes the largest out first."),
-        Wrong("the last token is not counted", lambda q, y: total((step(q, y, t) for t in range(len(y) - 1)), q),
-              "A text of n tokens has n factors, the last token's included; check where your loop ends."),
-        Wrong("the sign", lambda q, y: -total((step(q, y, t) for t in range(len(y))), q),
-              "A log-probability is never above 0; its negative is the surprise, or the loss of SFT."),
-        Wrong("bits, not nats", lambda q, y: total((step(q, y, t) for t in range(len(y))), q) / math.log(2),
-              "The course counts in nats, with the natural logarithm."),
-        Wrong("a sigmoid for the softmax", lambda q, y: total((torch.nn.functional.logsigmoid(q[y[:t]][y[t]]) for t in range(len(y))), q),
-              "Next tokens compete with each other: their chances must sum to 1, which the sigmoid does not see to."),
-        Wrong("float32 in the middle", lambda q, y: total((q[y[:t]].float().log_softmax(0)[y[t]].double() for t in range(len(y))), q),
-              "The identities of this chapter hold to twelve digits, float32 has seven: stay in the dtype of the table."),
-        Wrong("the normaliser is detached", lambda q, y: total((q[y[:t]][y[t]] - q[y[:t]].logsumexp(0).detach() for t in range(len(y))), q),
-              "To raise one token is to lower the others: the gradient has to pass through the normaliser as well."),
-        Wrong("detached", lambda q, y: total((step(q, y, t) for t in range(len(y))), q).detach(),
-              "This number is to be trained on: keep the graph."),
-        Wrong("zero", lambda q, y: total((), q),
-              "A log-probability of 0 belongs to a text that is certain."),
-    ),
-    others=(
+    "05.1", "The log-probability of a text", "implement", difficulty=2, importance=4, minutes=8,
+    truth=text_truth, cases=text_cases, tolerance=1e-9,
+    right=(
+        text_logp,
         lambda q, y: torch.stack([q[y[:t]] for t in range(len(y))]).log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum(),
         lambda q, y: -torch.nn.functional.cross_entropy(torch.stack([q[y[:t]] for t in range(len(y))]), torch.tensor(y), reduction="sum"),
         lambda q, y: sum(q[y[:t]][y[t]] - q[y[:t]].logsumexp(-1) for t in range(len(y))),
     ),
-    tolerance=1e-9,
-    difficulty=2,
-    importance=4,
-    minutes=8,
+    wrong=(
+        Wrong("the end is not counted", "in range(len(text))] -> in range(len(text)) if text[t] != 0] | torch.stack(steps).sum() -> sum(steps, 0 * table[()].sum())",
+              "To stop is a choice as well: without its probability, a text and all its continuations would each claim the same mass, and the sum over all texts would exceed 1."),
+        Wrong("a cut text pays for an end that it does not have", "torch.stack(steps).sum() -> torch.stack(steps).sum() + (table[text].log_softmax(-1)[0] if text[-1] else 0)", "A text that the limit cuts was never asked whether it wants to end: only tokens that stand in it count."),
+        Wrong("logits that are not normalised", ".log_softmax(-1) -> ", "A logit says how likely a token is only beside the others of its row: what turns a row into log-probabilities?"),
+        Wrong("only the last token", "torch.stack(steps).sum() -> steps[-1]", "All the tokens before it had to be drawn too; the chain rule has one factor for each."),
+        Wrong("only the first token", "torch.stack(steps).sum() -> steps[0]", "This is the chance to begin like the text; it still has to go on like it."),
+        Wrong("the beginning includes the token itself", "text[:t] -> text[: t + 1]", "A token is drawn from the row of what stands before it; nothing comes after an end, so no row is there."),
+        Wrong("the beginning is one token short", "text[:t] -> text[: max(t - 1, 0)]", "The second token already sees the first: which slice of the text stands before token t?"),
+        Wrong("only the token before is seen", "text[:t] -> text[max(t - 1, 0) : t]", "This is a bigram model. A row of this table belongs to a whole beginning, not to its last token."),
+        Wrong("always the first row", "text[:t] -> ()", "Each token would be drawn as if nothing stood before it. The row changes with the beginning."),
+        Wrong("the softmax runs over beginnings", "table[text[:t]].log_softmax(-1)[text[t]] -> torch.stack(list(table.values())).log_softmax(0)[list(table).index(text[:t]), text[t]]", "What must sum to 1: the chances of all next tokens after one beginning, or of one token after all beginnings?"),
+        Wrong("the likeliest token instead of the text's", "log_softmax(-1)[text[t]] -> log_softmax(-1).max()", "This is what greedy decoding would have said; we ask about the token that stands in the text."),
+        Wrong("the product of probabilities underflows", ".log_softmax(-1) -> .softmax(-1) | .sum() -> .prod().log()", "Three tokens of probability e^-300 are already below the smallest float64. Take logarithms before you combine them."),
+        Wrong("log(softmax) underflows", ".log_softmax(-1)[text[t]] -> .softmax(-1)[text[t]].log()", "A probability of e^-1000 is 0 in float64 and its logarithm infinite. torch has one function that does both steps at once."),
+        Wrong("the exponential of the logits overflows", "table[text[:t]].log_softmax(-1)[text[t]] -> table[text[:t]][text[t]] - table[text[:t]].exp().sum().log()", "Only differences of logits matter, but e^900 is beyond float64. torch.logsumexp takes the largest out first."),
+        Wrong("the last token is not counted", "range(len(text)) -> range(len(text) - 1) | torch.stack(steps).sum() -> sum(steps, 0 * table[()].sum())", "A text of n tokens has n factors, the last token's included; check where your loop ends."),
+        Wrong("a sigmoid for the softmax", "table[text[:t]].log_softmax(-1)[text[t]] -> torch.nn.functional.logsigmoid(table[text[:t]][text[t]])", "Next tokens compete with each other: their chances must sum to 1, which the sigmoid does not see to."),
+        Wrong("the normaliser is detached", "table[text[:t]].log_softmax(-1)[text[t]] -> table[text[:t]][text[t]] - table[text[:t]].logsumexp(-1).detach()", "To raise one token is to lower the others: the gradient has to pass through the normaliser as well."),
+    ),
 )  # fmt: skip
-
-# --- 05.2 the KL from samples ---
 
 
 def kl_cases(generator):
@@ -168,8 +125,8 @@ def kl_cases(generator):
         case([(1, 2)]),
         case([(2, 3), (1, 1), (3, 5)]),
         case([(1, 4), (2, 6), (4, 1), (1, 2), (3, 3)], 2.0, 2.0, ("+", "-", "", "", "+-")),
-        case([(2, 5), (1, 3)], 3.0, signs=("-", "-")),  # an estimate below 0
-        case([(1, 30), (3, 12), (2, 1), (4, 7)], 0.5, 60.0),  # far from the reference
+        Edge("an estimate is below 0", case([(2, 5), (1, 3)], 3.0, signs=("-", "-"))),
+        Edge("far from the reference", case([(1, 30), (3, 12), (2, 1), (4, 7)], 0.5, 60.0)),
     ]
 
 
@@ -182,94 +139,38 @@ def kl_truth(policy: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     return torch.tensor(math.fsum(logratios) / len(logratios), dtype=torch.float64)
 
 
-def ratios(p, q, m):
-    return ((p - q) * m).sum(1)
-
-
-def from_first(m):
-    return m.cummax(1).values
-
-
-def to_last(m):
-    return m.flip(1).cummax(1).values.flip(1)
-
-
-def without_last(m):
-    return m * torch.nn.functional.pad(m[:, 1:], (0, 1))
+def sampled_kl(policy, reference, mask):
+    logratios = ((policy - reference) * mask).sum(1)
+    return logratios.mean()
 
 
 SAMPLED_KL = Exercise(
-    id="05.2",
-    title="The sequence KL from samples",
-    kind="implement",
-    truth=kl_truth,
-    cases=kl_cases,
-    wrong=(
-        Wrong("the wrong direction", lambda p, q, m: ratios(q, p, m).mean(),
-              "In KL(pi || pi_ref) = E_pi[log pi - log pi_ref], the policy that is sampled comes first."),
-        Wrong("mean over all tokens", lambda p, q, m: ((p - q) * m).sum() / m.sum(),
-              "That is a KL per token, and it depends on the lengths. A policy's KL is that of whole texts: what does the chain rule do within one text?"),
-        Wrong("mean over each completion's tokens", lambda p, q, m: (ratios(p, q, m) / m.sum(1)).mean(),
-              "log pi(y) is a sum over the tokens of y, never a mean; only the samples are averaged."),
-        Wrong("sum over the samples", lambda p, q, m: ratios(p, q, m).sum(),
-              "An expectation is estimated by a mean: twice the samples must not give twice the KL."),
-        Wrong("divided by n - 1", lambda p, q, m: ratios(p, q, m).sum() / (len(p) - 1),
-              "n - 1 belongs to the variance; the plain mean of n samples is unbiased already."),
-        Wrong("prompt and padding counted", lambda p, q, m: (p - q).sum(1).mean(),
-              "The policy wrote neither prompt nor padding: the mask says which tokens are its own."),
-        Wrong("prompt counted", lambda p, q, m: ratios(p, q, to_last(m)).mean(),
-              "The prompt was given, not sampled; its log-probabilities say nothing about pi(y | x)."),
-        Wrong("padding counted", lambda p, q, m: ratios(p, q, from_first(m)).mean(),
-              "What stands after the end of a completion was never sampled."),
-        Wrong("the mean of the whole table", lambda p, q, m: ((p - q) * m).mean(),
-              "That divides by the number of places, padding included, so that a longer table means a smaller KL. Only the samples are averaged."),
-        Wrong("sum over samples, mean over places", lambda p, q, m: ((p - q) * m).sum(0).mean(),
-              "Which dimension holds the tokens of one text? That one is summed, the other averaged."),
-        Wrong("the mask is inverted", lambda p, q, m: ratios(p, q, 1 - m).mean(),
-              "The mask is 1 on the tokens to be counted."),
-        Wrong("the mask is shifted by one", lambda p, q, m: ratios(p[:, :-1], q[:, :-1], m[:, 1:]).mean(),
-              "Here entry t of the three tensors belongs to the same token; the shift was made when the log-probabilities were read."),
-        Wrong("the last token is not counted", lambda p, q, m: ratios(p, q, without_last(m)).mean(),
-              "The token that ends a completion was drawn as well, and policy and reference may disagree on it."),
-        Wrong("the absolute value of each token", lambda p, q, m: ((p - q).abs() * m).sum(1).mean(),
-              "Single terms may be negative; only their expectation cannot. With absolute values the estimate would be too large on average."),
-        Wrong("the absolute value of each completion", lambda p, q, m: ratios(p, q, m).abs().mean(),
-              "A sample may count below 0; take the signs away and the estimate is too large on average."),
-        Wrong("negative samples cut off at 0", lambda p, q, m: ratios(p, q, m).clamp(min=0).mean(),
-              "The KL is never negative, but samples of it are. Raising those to 0 makes the average too large."),
-        Wrong("a negative estimate cut off at 0", lambda p, q, m: ratios(p, q, m).mean().clamp(min=0),
-              "With few samples an unbiased estimate can fall below 0; cut off there, it would be too large on average."),
-        Wrong("the absolute value of the estimate", lambda p, q, m: ratios(p, q, m).mean().abs(),
-              "With few samples an unbiased estimate can fall below 0. Turned upwards, it would be too large on average."),
-        Wrong("another unbiased estimate, token by token", lambda p, q, m: (((q - p).exp() - 1 + p - q) * m).sum(1).mean(),
-              "This is unbiased too, since each added ratio has mean 1, and never negative. The task asks for the plain one, the mean log-ratio."),
-        Wrong("the ratio without its logarithm", lambda p, q, m: ratios(p, q, m).exp().mean(),
-              "Inside the expectation stands a difference of logarithms: no exponential is needed."),
-        Wrong("each token weighted by its probability again", lambda p, q, m: ratios(p.exp() * p, p.exp() * q, m).mean(),
-              "In a sum over all texts each has the weight pi(y). Samples from pi come that often by themselves."),
-        Wrong("each text weighted by its probability again", lambda p, q, m: ((p * m).sum(1).exp() * ratios(p, q, m)).sum(),
-              "This is right where every text is listed once. Samples from pi come as often as pi says: what is left is a plain mean."),
-        Wrong("no reference", lambda p, q, m: (p * m).sum(1).mean(),
-              "That is minus the policy's entropy. A KL compares two models."),
-        Wrong("half the square", lambda p, q, m: (ratios(p, q, m) ** 2 / 2).mean(),
-              "This is near the KL where the two models almost agree, and biased elsewhere. The KL is the expectation of the log-ratio itself."),
-        Wrong("another unbiased estimate", lambda p, q, m: (ratios(p, q, m) + (-ratios(p, q, m)).exp() - 1).mean(),
-              "This is unbiased too, since the added ratio has mean 1, and it is never negative. The task asks for the plain one, the mean log-ratio."),
-        Wrong("zero", lambda p, q, m: 0 * p.sum(),
-              "The KL is 0 only where policy and reference agree."),
-    ),
-    others=(
+    "05.2", "The sequence KL from samples", "implement", difficulty=2, importance=5, minutes=8,
+    truth=kl_truth, cases=kl_cases,
+    right=(
+        sampled_kl,
         lambda p, q, m: torch.where(m.bool(), p - q, 0.0).sum() / len(p),
         lambda p, q, m: torch.stack([a[on].sum() - b[on].sum() for a, b, on in zip(p, q, m.bool())]).mean(),
         lambda p, q, m: torch.einsum("nt,nt->n", p, m.double()).mean() - torch.einsum("nt,nt->n", q, m.double()).mean(),
     ),
-    tolerance=1e-9,
-    difficulty=2,
-    importance=5,
-    minutes=8,
+    wrong=(
+        Wrong("mean over all tokens", "return logratios.mean() -> return logratios.sum() / mask.sum()", "That is a KL per token, and it depends on the lengths. A policy's KL is that of whole texts: what does the chain rule do within one text?"),
+        Wrong("mean over each completion's tokens", ".sum(1) -> .sum(1) / mask.sum(1)", "log pi(y) is a sum over the tokens of y, never a mean; only the samples are averaged."),
+        Wrong("divided by n - 1", "logratios.mean() -> logratios.sum() / (len(policy) - 1)", "n - 1 belongs to the variance; the plain mean of n samples is unbiased already."),
+        Wrong("the mean of the whole table", "((policy - reference) * mask).sum(1) -> ((policy - reference) * mask)", "That divides by the number of places, padding included, so that a longer table means a smaller KL. Only the samples are averaged."),
+        Wrong("sum over samples, mean over places", ".sum(1) -> .sum(0)", "Which dimension holds the tokens of one text? That one is summed, the other averaged."),
+        Wrong("the last token is not counted", "mask = mask * (mask.flip(1).cumsum(1).flip(1) > 1)", "The token that ends a completion was drawn as well, and policy and reference may disagree on it."),
+        Wrong("the absolute value of each token", "(policy - reference) -> (policy - reference).abs()", "Single terms may be negative; only their expectation cannot. With absolute values the estimate would be too large on average."),
+        Wrong("the absolute value of each completion", "logratios.mean() -> logratios.abs().mean()", "A sample may count below 0; take the signs away and the estimate is too large on average."),
+        Wrong("negative samples cut off at 0", "logratios.mean() -> logratios.clamp(min=0).mean()", "The KL is never negative, but samples of it are. Raising those to 0 makes the average too large."),
+        Wrong("another unbiased estimate, token by token", "(policy - reference) -> ((reference - policy).exp() - 1 + policy - reference)", "This is unbiased too, since each added ratio has mean 1, and never negative. The task asks for the plain one, the mean log-ratio."),
+        Wrong("the ratio without its logarithm", "logratios.mean() -> logratios.exp().mean()", "Inside the expectation stands a difference of logarithms: no exponential is needed."),
+        Wrong("each token weighted by its probability again", "(policy - reference) -> policy.exp() * (policy - reference)", "In a sum over all texts each has the weight pi(y). Samples from pi come that often by themselves."),
+        Wrong("each text weighted by its probability again", "logratios.mean() -> ((policy * mask).sum(1).exp() * logratios).sum()", "This is right where every text is listed once. Samples from pi come as often as pi says: what is left is a plain mean."),
+        Wrong("half the square", "logratios.mean() -> (logratios**2 / 2).mean()", "This is near the KL where the two models almost agree, and biased elsewhere. The KL is the expectation of the log-ratio itself."),
+        Wrong("another unbiased estimate", "logratios.mean() -> (logratios + (-logratios).exp() - 1).mean()", "This is unbiased too, since the added ratio has mean 1, and it is never negative. The task asks for the plain one, the mean log-ratio."),
+    ),
 )  # fmt: skip
-
-# --- 05.3 where cDPO stops ---
 
 
 def stop_cases(generator):
@@ -302,60 +203,35 @@ def logit(p):
     return sympy.log(p / (1 - p))
 
 
+def stopping_margin(P, eps, beta):
+    q = (1 - eps) * P + eps * (1 - P)
+    return sympy.log(q / (1 - q)) / beta
+
+
 STOP = Exercise(
-    id="05.3",
-    title="Where cDPO stops",
-    kind="derive",
-    truth=stop_truth,
-    cases=stop_cases,
-    wrong=(
-        Wrong("the two stopping points are averaged", lambda P, eps, beta: (2 * P - 1) * sympy.log((1 - eps) / eps) / beta,
-              "The margin that minimises an average of losses is not the average of the margins that minimise each. Average the losses first."),
-        Wrong("P is taken for 1", lambda P, e, b: logit(1 - e) / b,
-              "That is where cDPO stops on a pair that everybody answers alike. Here the other answer comes too, with chance 1 - P: average both losses."),
-        Wrong("eps is taken for 0", lambda P, e, b: logit(P) / b,
-              "That is where plain DPO stops. Each label adds both losses, with weights 1 - eps and eps."),
-        Wrong("beta is missing", lambda P, e, b: logit(mixed(P, e)),
-              "This is beta Delta; the task asks for Delta, in nats."),
-        Wrong("multiplied by beta", lambda P, e, b: b * logit(mixed(P, e)),
-              "The equation fixes beta Delta. To free Delta, which way does beta go?"),
-        Wrong("the sign", lambda P, e, b: -logit(mixed(P, e)) / b,
-              "With P near 1 and a small eps the first answer must come out ahead: Delta above 0."),
-        Wrong("two logits added", lambda P, e, b: (logit(P) + logit(1 - e)) / b,
-              "Two sources of doubt make the margin smaller; here each certainty adds to it. Mix the probabilities first, then take the logarithm of their odds."),
-        Wrong("two logits, one taken away", lambda P, e, b: (logit(P) - logit(1 - e)) / b,
-              "Put P = 1/2 in: whatever eps is, neither answer is preferred, so Delta must be 0."),
-        Wrong("a flip that makes a label right is forgotten", lambda P, e, b: logit((1 - e) * P) / b,
-              "L(w, l) is met in two ways: y_w won and counts with 1 - eps, or y_l won and counts with eps."),
-        Wrong("only the upper half of the odds is mixed", lambda P, e, b: sympy.log(mixed(P, e) / (1 - P)) / b,
-              "Both odds are mixed: the one below the fraction line has eps in it too."),
-        Wrong("no logarithm", lambda P, e, b: mixed(P, e) / (1 - mixed(P, e)) / b,
-              "The sigmoid of beta Delta is a probability; the inverse of the sigmoid is the logarithm of the odds."),
-        Wrong("the logarithm of the probability", lambda P, e, b: sympy.log(mixed(P, e)) / b,
-              "The inverse of the sigmoid takes the odds p / (1 - p), not p: at p = 1/2 it must be 0."),
-        Wrong("the probability itself", lambda P, e, b: mixed(P, e),
-              "This is what sigma(beta Delta) must be at the minimum. Solve it for Delta."),
-        Wrong("un-mixed, as rDPO does", lambda P, e, b: logit((P - e) / (1 - 2 * e)) / b,
-              "rDPO takes the flips out again. cDPO mixes them in, and so makes the preference milder."),
-        Wrong("eps counted twice", lambda P, e, b: logit(mixed(mixed(P, e), e)) / b,
-              "That is cDPO on labels flipped once more; P is already the chance of the labels that it gets."),
-        Wrong("half", lambda P, e, b: logit(mixed(P, e)) / (2 * b),
-              "With P = 1 the notebook's log((1 - eps)/eps)/beta must come out."),
-        Wrong("zero", lambda P, e, b: sympy.Integer(0),
-              "At Delta = 0 the sigmoid is 1/2. The loss is at rest there only if both answers are as likely."),
-    ),
-    others=(
+    "05.3", "Where cDPO stops", "derive", difficulty=3, importance=3, minutes=10,
+    truth=stop_truth, cases=stop_cases,
+    right=(
+        stopping_margin,
         lambda P, e, b: (sympy.log(mixed(P, e)) - sympy.log(e * P + (1 - e) * (1 - P))) / b,
         lambda P, e, b: 2 * sympy.atanh((1 - 2 * e) * (2 * P - 1)) / b,
         lambda P, e, b: -sympy.log(1 / mixed(P, e) - 1) / b,
     ),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=3,
-    minutes=10,
+    wrong=(
+        Wrong("the two stopping points are averaged", lambda P, eps, beta: (2 * P - 1) * sympy.log((1 - eps) / eps) / beta, "The margin that minimises an average of losses is not the average of the margins that minimise each. Average the losses first."),
+        Wrong("P is taken for 1", "P = 1", "That is where cDPO stops on a pair that everybody answers alike. Here the other answer comes too, with chance 1 - P: average both losses."),
+        Wrong("eps is taken for 0", "eps = 0 * eps", "That is where plain DPO stops. Each label adds both losses, with weights 1 - eps and eps."),
+        Wrong("two logits added", lambda P, e, b: (logit(P) + logit(1 - e)) / b, "Two sources of doubt make the margin smaller; here each certainty adds to it. Mix the probabilities first, then take the logarithm of their odds."),
+        Wrong("two logits, one taken away", lambda P, e, b: (logit(P) - logit(1 - e)) / b, "Put P = 1/2 in: whatever eps is, neither answer is preferred, so Delta must be 0."),
+        Wrong("a flip that makes a label right is forgotten", "(1 - eps) * P + eps * (1 - P) -> (1 - eps) * P", "L(w, l) is met in two ways: y_w won and counts with 1 - eps, or y_l won and counts with eps."),
+        Wrong("only the upper half of the odds is mixed", lambda P, e, b: sympy.log(mixed(P, e) / (1 - P)) / b, "Both odds are mixed: the one below the fraction line has eps in it too."),
+        Wrong("no logarithm", "sympy.log(q / (1 - q)) -> q / (1 - q)", "The sigmoid of beta Delta is a probability; the inverse of the sigmoid is the logarithm of the odds."),
+        Wrong("the logarithm of the probability", "q / (1 - q) -> q", "The inverse of the sigmoid takes the odds p / (1 - p), not p: at p = 1/2 it must be 0."),
+        Wrong("the probability itself", lambda P, e, b: mixed(P, e), "This is what sigma(beta Delta) must be at the minimum. Solve it for Delta."),
+        Wrong("un-mixed, as rDPO does", lambda P, e, b: logit((P - e) / (1 - 2 * e)) / b, "rDPO takes the flips out again. cDPO mixes them in, and so makes the preference milder."),
+        Wrong("eps counted twice", lambda P, e, b: logit(mixed(mixed(P, e), e)) / b, "That is cDPO on labels flipped once more; P is already the chance of the labels that it gets."),
+    ),
 )  # fmt: skip
-
-# --- 05.4 the flips undone ---
 
 
 def robust_cases(generator):
@@ -367,9 +243,9 @@ def robust_cases(generator):
     return [
         (margins(2.0, 1), 1.0, 0.2),
         (margins(8.0, 5), 0.3, 0.1),
-        (margins(20.0, 4), 0.1, 0.0),  # no flips: DPO
+        Edge("no flips: DPO", (margins(20.0, 4), 0.1, 0.0)),
         (margins(3.0, 6), 0.7, 0.45),
-        (extreme.requires_grad_(), 0.5, 0.25),
+        Edge("the margins are extreme", (extreme.requires_grad_(), 0.5, 0.25)),
     ]
 
 
@@ -387,73 +263,40 @@ def dpo(x):
     return -torch.nn.functional.logsigmoid(x)
 
 
-def unmixed(x, e, loss=dpo):
-    return ((1 - e) * loss(x) - e * loss(-x)) / (1 - 2 * e)
+def robust_loss(margins, beta, eps):
+    as_labelled = -torch.nn.functional.logsigmoid(beta * margins)
+    reversed_ = -torch.nn.functional.logsigmoid(-beta * margins)
+    return ((1 - eps) * as_labelled - eps * reversed_) / (1 - 2 * eps)
 
 
 ROBUST = Exercise(
-    id="05.4",
-    title="A loss that undoes the flips",
-    kind="implement",
-    truth=robust_truth,
-    cases=robust_cases,
-    wrong=(
-        Wrong("cDPO: mixed, not un-mixed", lambda d, b, e: (1 - e) * dpo(b * d) + e * dpo(-b * d),
-              "Flipped labels have mixed the two losses once; this mixes them a second time. Your loss has to do the reverse."),
-        Wrong("plain DPO", lambda d, b, e: dpo(b * d) + 0 * e,
-              "Averaged over the flips, DPO's loss becomes cDPO's, not the clean one: something has to be taken away."),
-        Wrong("not divided by 1 - 2 eps", lambda d, b, e: (1 - e) * dpo(b * d) - e * dpo(-b * d),
-              "Average it over the flip: how much of the clean L(w, l) is left? That factor has to go."),
-        Wrong("divided by 1 - eps", lambda d, b, e: ((1 - e) * dpo(b * d) - e * dpo(-b * d)) / (1 - e),
-              "Average it over the flip, and collect the terms with L(w, l): (1 - eps)^2 - eps^2 is which factor?"),
-        Wrong("divided by 1 + 2 eps", lambda d, b, e: ((1 - e) * dpo(b * d) - e * dpo(-b * d)) / (1 + 2 * e),
-              "Flips weaken the signal, so undoing them has to strengthen it: the divisor is below 1."),
-        Wrong("multiplied by 1 - 2 eps", lambda d, b, e: ((1 - e) * dpo(b * d) - e * dpo(-b * d)) * (1 - 2 * e),
-              "Flips weaken the signal, so undoing them has to strengthen it."),
-        Wrong("divided, but still mixed", lambda d, b, e: ((1 - e) * dpo(b * d) + e * dpo(-b * d)) / (1 - 2 * e),
-              "The reversed loss is what the flips have added; take it away."),
-        Wrong("the weights are swapped", lambda d, b, e: (e * dpo(b * d) - (1 - e) * dpo(-b * d)) / (1 - 2 * e),
-              "Without flips, eps = 0, the loss of the label as it stands must be left."),
-        Wrong("the order of the pair is swapped", lambda d, b, e: unmixed(-b * d, e),
-              "Most labels are right: where eps is 0 this must be DPO's loss."),
-        Wrong("the sign of the loss", lambda d, b, e: -unmixed(b * d, e),
-              "A loss is minus a log-likelihood; at eps = 0 it must be DPO's."),
-        Wrong("beta is missing", lambda d, b, e: unmixed(d, e) + 0 * b,
-              "The margins are in nats; the loss sees beta times the margin."),
-        Wrong("beta outside the logarithm", lambda d, b, e: b * unmixed(d, e),
-              "Beta scales the margin inside the sigmoid, not the loss."),
-        Wrong("divided by beta", lambda d, b, e: unmixed(d / b, e),
-              "The implicit reward is beta times the log-ratio."),
-        Wrong("log(sigmoid(x)) overflows", lambda d, b, e: unmixed(b * d, e, lambda x: -torch.log(torch.sigmoid(x))),
-              "Far from 0 the sigmoid rounds to 0 or 1. torch has a function for its logarithm that stays finite."),
-        Wrong("cut off at 0", lambda d, b, e: unmixed(b * d, e).clamp(min=0),
-              "This loss may be negative, and must be, to average to the right value. Cut off, it is biased again."),
-        Wrong("the margin corrected instead of the loss", lambda d, b, e: dpo(b * d / (1 - 2 * e)),
-              "The average over flips is taken of the loss, and the loss is not linear in the margin: combine losses."),
-        Wrong("the noisy label is modelled", lambda d, b, e: -torch.log((1 - 2 * e) * torch.sigmoid(b * d) + e),
-              "This is the likelihood of a flipped label, another honest remedy; but averaged over flips it is not the clean loss. Combine L(w, l) and L(l, w) linearly."),
-        Wrong("the reversed loss is taken for minus the loss", lambda d, b, e: dpo(b * d) / (1 - 2 * e),
-              "L(l, w) is the loss at minus the margin; that is not minus the loss."),
-        Wrong("only the reversed loss is divided", lambda d, b, e: (1 - e) * dpo(b * d) - e * dpo(-b * d) / (1 - 2 * e),
-              "Without brackets the division binds only the last term."),
-        Wrong("the reversed loss is detached", lambda d, b, e: ((1 - e) * dpo(b * d) - e * dpo(-b * d).detach()) / (1 - 2 * e),
-              "Both losses depend on the policy: the gradient has to be right on average, not the value alone."),
-        Wrong("averaged over the batch", lambda d, b, e: unmixed(b * d, e).mean(),
-              "The task asks for one loss a pair, tensor [batch]."),
-        Wrong("zeros", lambda d, b, e: 0 * d,
-              "At margin 0 the loss is log 2, with flips or without."),
-    ),
-    others=(
+    "05.4", "A loss that undoes the flips", "implement", difficulty=3, importance=3, minutes=6,
+    truth=robust_truth, cases=robust_cases,
+    right=(
+        robust_loss,
         lambda d, b, e: dpo(b * d) - b * d * (e / (1 - 2 * e)),
         lambda d, b, e: torch.nn.functional.softplus(-b * d, threshold=500) * ((1 - e) / (1 - 2 * e)) - torch.nn.functional.softplus(b * d, threshold=500) * (e / (1 - 2 * e)),
     ),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=3,
-    minutes=6,
+    wrong=(
+        Wrong("cDPO: mixed, not un-mixed", "- eps * reversed_) / (1 - 2 * eps) -> + eps * reversed_)", "Flipped labels have mixed the two losses once; this mixes them a second time. Your loss has to do the reverse."),
+        Wrong("plain DPO", "eps = 0", "Averaged over the flips, DPO's loss becomes cDPO's, not the clean one: something has to be taken away."),
+        Wrong("not divided by 1 - 2 eps", "/ (1 - 2 * eps) -> ", "Average it over the flip: how much of the clean L(w, l) is left? That factor has to go."),
+        Wrong("divided by 1 - eps", "/ (1 - 2 * eps) -> / (1 - eps)", "Average it over the flip, and collect the terms with L(w, l): (1 - eps)^2 - eps^2 is which factor?"),
+        Wrong("divided by 1 + 2 eps", "(1 - 2 * eps) -> (1 + 2 * eps)", "Flips weaken the signal, so undoing them has to strengthen it: the divisor is below 1."),
+        Wrong("multiplied by 1 - 2 eps", "/ (1 - 2 * eps) -> * (1 - 2 * eps)", "Flips weaken the signal, so undoing them has to strengthen it."),
+        Wrong("divided, but still mixed", "- eps * reversed_ -> + eps * reversed_", "The reversed loss is what the flips have added; take it away."),
+        Wrong("the weights are swapped", "(1 - eps) * as_labelled - eps * -> eps * as_labelled - (1 - eps) *", "Without flips, eps = 0, the loss of the label as it stands must be left."),
+        Wrong("the order of the pair is swapped", "margins = -margins", "Most labels are right: where eps is 0 this must be DPO's loss."),
+        Wrong("beta outside the logarithm", "(beta * margins) -> (margins) | (-beta * margins) -> (-margins) | return -> return beta *", "Beta scales the margin inside the sigmoid, not the loss."),
+        Wrong("log(sigmoid(x)) overflows", "torch.nn.functional.logsigmoid(beta * margins) -> torch.sigmoid(beta * margins).log() | torch.nn.functional.logsigmoid(-beta * margins) -> torch.sigmoid(-beta * margins).log()",
+              "Far from 0 the sigmoid rounds to 0 or 1. torch has a function for its logarithm that stays finite."),
+        Wrong("the margin corrected instead of the loss", "result = -torch.nn.functional.logsigmoid(beta * margins / (1 - 2 * eps))", "The average over flips is taken of the loss, and the loss is not linear in the margin: combine losses."),
+        Wrong("the noisy label is modelled", "result = -((1 - 2 * eps) * torch.sigmoid(beta * margins) + eps).log()", "This is the likelihood of a flipped label, another honest remedy; but averaged over flips it is not the clean loss. Combine L(w, l) and L(l, w) linearly."),
+        Wrong("the reversed loss is taken for minus the loss", "result = -torch.nn.functional.logsigmoid(beta * margins) / (1 - 2 * eps)", "L(l, w) is the loss at minus the margin; that is not minus the loss."),
+        Wrong("only the reversed loss is divided", "((1 - eps) * as_labelled - eps * reversed_) -> (1 - eps) * as_labelled - eps * reversed_", "Without brackets the division binds only the last term."),
+        Wrong("the reversed loss is detached", "- eps * reversed_ -> - eps * reversed_.detach()", "Both losses depend on the policy: the gradient has to be right on average, not the value alone."),
+    ),
 )  # fmt: skip
-
-# --- 05.5 coverage ---
 
 
 def coverage_truth():
@@ -511,38 +354,21 @@ def coverage_truth():
 
 
 COVERAGE = Exercise(
-    id="05.5",
-    title="What the pairs leave open",
-    kind="predict",
-    truth=coverage_truth,
-    cases=lambda generator: [()],
+    "05.5", "What the pairs leave open", "predict", difficulty=3, importance=4, minutes=7,
+    truth=coverage_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("only what was compared directly is fixed", lambda: {"A/C": "free"},
-              "A/C is A/B times B/C: what do the pairs say about each of the two?"),
-        Wrong("compared answers stay open", lambda: {"A/B": "free"},
-              "Endless Bradley-Terry answers to A against B reveal the difference of their rewards, and with it the ratio of their probabilities."),
-        Wrong("a pair apart from the others does not count", lambda: {"D/E": "free"},
-              "A ratio needs nothing but its own pair: halve both D and E, and look at D/E."),
-        Wrong("ratios across groups are fixed", lambda: {"C/D": "fixed"},
-              "Multiply D and E by the same number and take what that costs from A, B and C, in proportion. Which pair notices?"),
-        Wrong("an answer in no pair keeps its place", lambda: {"E/F": "fixed"},
-              "The loss has no term with F in it: no derivative holds it anywhere, not even at the reference."),
-        Wrong("the probability of a compared answer is fixed", lambda: {"A": "fixed"},
-              "Pairs see ratios only. Give F more, and take it from all others in proportion: does any ratio of compared answers change?"),
-        Wrong("shares within a group stay open", lambda: {"A/(A+B+C)": "free"},
-              "Divide by A above and below: only ratios within the group are left."),
-        Wrong("one more pair", lambda: {"more pairs": "1"},
-              "Draw the answers as points and the pairs as lines. How many separate pieces are there, F included, and how many does one line join?"),
-        Wrong("a pair for each group", lambda: {"more pairs": "3"},
-              "A line between two pieces makes one of them. How many lines turn all pieces into one?"),
-        Wrong("all pairs are needed", lambda: {"more pairs": "12"},
-              "Ratios multiply: A/C follows from A/B and B/C. A path between two answers is enough."),
-        Wrong("no more pairs are needed", lambda: {"more pairs": "0"},
-              "F is in no pair at all; what could fix its probability?"),
+        Wrong("only what was compared directly is fixed", {"A/C": "free"}, "A/C is A/B times B/C: what do the pairs say about each of the two?"),
+        Wrong("compared answers stay open", {"A/B": "free"}, "Endless Bradley-Terry answers to A against B reveal the difference of their rewards, and with it the ratio of their probabilities."),
+        Wrong("a pair apart from the others does not count", {"D/E": "free"}, "A ratio needs nothing but its own pair: halve both D and E, and look at D/E."),
+        Wrong("ratios across groups are fixed", {"C/D": "fixed"}, "Multiply D and E by the same number and take what that costs from A, B and C, in proportion. Which pair notices?"),
+        Wrong("an answer in no pair keeps its place", {"E/F": "fixed"}, "The loss has no term with F in it: no derivative holds it anywhere, not even at the reference."),
+        Wrong("the probability of a compared answer is fixed", {"A": "fixed"}, "Pairs see ratios only. Give F more, and take it from all others in proportion: does any ratio of compared answers change?"),
+        Wrong("shares within a group stay open", {"A/(A+B+C)": "free"}, "Divide by A above and below: only ratios within the group are left."),
+        Wrong("one more pair", {"more pairs": "1"}, "Draw the answers as points and the pairs as lines. How many separate pieces are there, F included, and how many does one line join?"),
+        Wrong("a pair for each group", {"more pairs": "3"}, "A line between two pieces makes one of them. How many lines turn all pieces into one?"),
+        Wrong("all pairs are needed", {"more pairs": "12"}, "Ratios multiply: A/C follows from A/B and B/C. A path between two answers is enough."),
+        Wrong("no more pairs are needed", {"more pairs": "0"}, "F is in no pair at all; what could fix its probability?"),
     ),
-    difficulty=3,
-    importance=4,
-    minutes=7,
 )  # fmt: skip
 
 EXERCISES = (TEXT, SAMPLED_KL, STOP, ROBUST, COVERAGE)

@@ -1,21 +1,18 @@
 """06 DPO from scratch: padding, log-probabilities, the frozen reference, micro-batches, and bugs."""
 
 import random
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def draw(generator, low, high, n=1):
     """n token ids in [low, high), a list."""
     return torch.randint(low, high, (n,), generator=generator).tolist()
-
-
-# --- 06.1 rows of ids to a rectangle ---
 
 
 def pad_cases(generator):
@@ -34,7 +31,7 @@ def pad_cases(generator):
     ):
         pad = draw(generator, low, high)[0]
         cases.append(([row(*pair, pad) for pair in lengths], pad))
-    return cases
+    return cases[:2] + [Edge("the longest prompt and completion are of two rows", c) for c in cases[2:]]
 
 
 def pad_truth(rows, pad):
@@ -48,50 +45,6 @@ def pad_truth(rows, pad):
 
     table = torch.tensor([[entry(x, y, j) for j in range(length)] for x, y in rows])
     return table[..., 0].contiguous(), table[..., 1].contiguous()
-
-
-def padded(rows, pad, begin=None, end=None, width=0):
-    """Right padding, the mask 1 from `begin` to `end`, functions of (x, y, length)."""
-    length = max(len(x) + len(y) for x, y in rows) + width
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, (x, y) in enumerate(rows):
-        ids[i, : len(x) + len(y)] = torch.tensor(x + y)
-        first = begin(x, y, length) if begin else len(x)
-        last = end(x, y, length) if end else len(x) + len(y)
-        mask[i, max(first, 0) : max(last, 0)] = 1
-    return ids, mask
-
-
-def mask_from_ids(rows, pad):
-    ids, mask = padded(rows, pad)
-    return ids, mask * (ids != pad)
-
-
-def mask_by_first_pad(rows, pad):
-    """The row is taken to end before the first padding id of its completion."""
-    ids, mask = padded(rows, pad)
-    return ids, mask * ((ids == pad) & (mask > 0)).long().cumsum(1).eq(0)
-
-
-def left_padded(rows, pad):
-    length = max(len(x) + len(y) for x, y in rows)
-    ids = [[pad] * (length - len(x) - len(y)) + x + y for x, y in rows]
-    mask = [[0] * (length - len(y)) + [1] * len(y) for x, y in rows]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def padded_apart(rows, pad):
-    """Prompts to one width, completions to another, side by side."""
-    n, m = max(len(x) for x, _ in rows), max(len(y) for _, y in rows)
-    ids = [x + [pad] * (n - len(x)) + y + [pad] * (m - len(y)) for x, y in rows]
-    mask = [[0] * n + [1] * len(y) + [0] * (m - len(y)) for _, y in rows]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def cut_to_the_shortest(rows, pad):
-    length = min(len(x) + len(y) for x, y in rows)
-    return tuple(t[:, :length].contiguous() for t in padded(rows, pad))
 
 
 def pad_by_pad_sequence(rows, pad):
@@ -111,61 +64,42 @@ def pad_by_comparison(rows, pad):
     return ids, ((places >= starts) & (places < ends)).long()
 
 
-PAD = Exercise(
-    id="06.1",
-    title="Rows to a rectangle",
-    kind="implement",
-    truth=pad_truth,
-    cases=pad_cases,
-    wrong=(
-        Wrong("the mask asks whether an id is the padding's", mask_from_ids,
-              "The padding's id also ends a completion and may stand inside a text. What do you know about each row that does not depend on the ids?"),
-        Wrong("the completion ends at the first padding id", mask_by_first_pad,
-              "Here that id is EOS as well: a completion may contain it, and its last token is one that the policy must learn to write."),
-        Wrong("an attention mask, made from the ids", lambda rows, pad: (padded(rows, pad)[0], (padded(rows, pad)[0] != pad).long()),
-              "This marks the prompt as well, and loses every token that has the padding's id. Which two lengths say where a completion stands?"),
-        Wrong("ids and mask swapped", lambda rows, pad: padded(rows, pad)[::-1],
-              "The task wants the ids first, then the mask."),
-        Wrong("EOS dropped", partial(padded, end=lambda x, y, n: len(x) + len(y) - 1),
-              "The last token of the completion counts like the others: to stop is part of what the policy does."),
-        Wrong("prompt counted", partial(padded, begin=lambda x, y, n: 0),
-              "log pi(y | x) is about y only; the prompt is what it is given."),
-        Wrong("padding counted", partial(padded, end=lambda x, y, n: n),
-              "After the completion's last token nothing was written. Where does each row's completion end?"),
-        Wrong("everything counted", partial(padded, begin=lambda x, y, n: 0, end=lambda x, y, n: n),
-              "A mask of ones masks nothing: it must tell the completion from prompt and padding."),
-        Wrong("the mask marks the prompt", partial(padded, begin=lambda x, y, n: 0, end=lambda x, y, n: len(x)),
-              "The mask is 1 where a token counts, and those are the completion's."),
-        Wrong("the mask is one place late", partial(padded, begin=lambda x, y, n: len(x) + 1, end=lambda x, y, n: len(x) + len(y) + 1),
-              "Python counts from 0: after a prompt of 2 tokens, which place does the completion's first one take?"),
-        Wrong("the mask is one place early", partial(padded, begin=lambda x, y, n: len(x) - 1, end=lambda x, y, n: len(x) + len(y) - 1),
-              "Here the mask marks tokens, not the logits that predict them; the shift belongs to the next exercise."),
-        Wrong("the first token of the completion lost", partial(padded, begin=lambda x, y, n: len(x) + 1),
-              "The completion begins right after the prompt; its first token counts too."),
-        Wrong("the mask is measured from the right end", partial(padded, begin=lambda x, y, n: n - len(y), end=lambda x, y, n: n),
-              "With padding on the right, a short row's completion does not end where the rectangle ends."),
-        Wrong("padded on the left", left_padded,
-              "The task wants padding on the right, where the positions before it cannot see it."),
-        Wrong("prompts and completions padded apart", padded_apart,
-              "Padding between prompt and completion is seen by the completion: each row must first be joined, then padded."),
-        Wrong("padded with 0", lambda rows, pad: (padded(rows, 0)[0], padded(rows, pad)[1]),
-              "Which id fills the empty places is the second argument."),
-        Wrong("cut to the shortest row", cut_to_the_shortest,
-              "No token may be lost: the rectangle is as long as the longest row."),
-        Wrong("one place too long", partial(padded, width=1),
-              "In a batch of one row nothing needs to be padded: how long is the rectangle then?"),
-        Wrong("completion before prompt", lambda rows, pad: padded([(y, x) for x, y in rows], pad),
-              "A model reads from left to right: first what it is given, then what it writes."),
-        Wrong("the mask is of floats", lambda rows, pad: (padded(rows, pad)[0], padded(rows, pad)[1].float()),
-              "The task wants both tensors to be int64; torch.zeros gives floats unless told otherwise."),
-    ),
-    others=(pad_by_pad_sequence, pad_by_comparison, padded),
-    difficulty=2,
-    importance=3,
-    minutes=8,
-)  # fmt: skip
+def pad_rows(rows, pad):
+    length = max(len(x) + len(y) for x, y in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, (x, y) in enumerate(rows):
+        ids[i, : len(x) + len(y)] = torch.tensor(x + y)
+        mask[i, len(x) : len(x) + len(y)] = 1
+    return ids, mask
 
-# --- 06.2 the log-probability of a completion ---
+
+PAD = Exercise(
+    "06.1", "Rows to a rectangle", "implement", difficulty=2, importance=3, minutes=8,
+    truth=pad_truth, cases=pad_cases,
+    right=(pad_rows, pad_by_pad_sequence, pad_by_comparison,),
+    wrong=(
+        Wrong("the mask asks whether an id is the padding's", "return ids, mask -> return ids, mask * (ids != pad)", "The padding's id also ends a completion and may stand inside a text. What do you know about each row that does not depend on the ids?"),
+        Wrong("the completion ends at the first padding id", "return ids, mask -> return ids, mask * ((ids == pad) & (mask > 0)).long().cumsum(1).eq(0)", "Here that id is EOS as well: a completion may contain it, and its last token is one that the policy must learn to write."),
+        Wrong("an attention mask, made from the ids", "return ids, mask -> return ids, (ids != pad).long()", "This marks the prompt as well, and loses every token that has the padding's id. Which two lengths say where a completion stands?"),
+        Wrong("EOS dropped", "mask[i, len(x) : len(x) + len(y)] -> mask[i, len(x) : len(x) + len(y) - 1]", "The last token of the completion counts like the others: to stop is part of what the policy does."),
+        Wrong("prompt counted", "mask[i, len(x) : -> mask[i, 0 :", "log pi(y | x) is about y only; the prompt is what it is given."),
+        Wrong("padding counted", "mask[i, len(x) : len(x) + len(y)] -> mask[i, len(x) :]", "After the completion's last token nothing was written. Where does each row's completion end?"),
+        Wrong("everything counted", "mask[i, len(x) : len(x) + len(y)] -> mask[i]", "A mask of ones masks nothing: it must tell the completion from prompt and padding."),
+        Wrong("the mask marks the prompt", "mask[i, len(x) : len(x) + len(y)] -> mask[i, : len(x)]", "The mask is 1 where a token counts, and those are the completion's."),
+        Wrong("the mask is one place late", "mask[i, len(x) : len(x) + len(y)] -> mask[i, len(x) + 1 : len(x) + len(y) + 1]", "Python counts from 0: after a prompt of 2 tokens, which place does the completion's first one take?"),
+        Wrong("the mask is one place early", "mask[i, len(x) : len(x) + len(y)] -> mask[i, len(x) - 1 : len(x) + len(y) - 1]", "Here the mask marks tokens, not the logits that predict them; the shift belongs to the next exercise."),
+        Wrong("the first token of the completion lost", "mask[i, len(x) : len(x) + len(y)] -> mask[i, len(x) + 1 : len(x) + len(y)]", "The completion begins right after the prompt; its first token counts too."),
+        Wrong("the mask is measured from the right end", "mask[i, len(x) : len(x) + len(y)] -> mask[i, length - len(y) :]", "With padding on the right, a short row's completion does not end where the rectangle ends."),
+        Wrong("padded on the left", "ids[i, : len(x) + len(y)] -> ids[i, length - len(x) - len(y) :] | mask[i, len(x) : len(x) + len(y)] -> mask[i, length - len(y) :]", "The task wants padding on the right, where the positions before it cannot see it."),
+        Wrong("prompts and completions padded apart", "max(len(x) + len(y) for x, y in rows) -> max(len(x) for x, y in rows) + max(len(y) for x, y in rows) | ids[i, : len(x) + len(y)] = torch.tensor(x + y) -> n = max(len(x) for x, _ in rows); ids[i, : len(x)] = torch.tensor(x); ids[i, n : n + len(y)] = torch.tensor(y) | mask[i, len(x) : len(x) + len(y)] -> mask[i, n : n + len(y)]",
+              "Padding between prompt and completion is seen by the completion: each row must first be joined, then padded."),
+        Wrong("padded with 0", "length), pad) -> length), 0)", "Which id fills the empty places is the second argument."),
+        Wrong("cut to the shortest row", "return ids, mask -> length = min(len(x) + len(y) for x, y in rows); return ids[:, :length], mask[:, :length]", "No token may be lost: the rectangle is as long as the longest row."),
+        Wrong("one place too long", "for x, y in rows) -> for x, y in rows) + 1", "In a batch of one row nothing needs to be padded: how long is the rectangle then?"),
+        Wrong("completion before prompt", "rows = [(y, x) for x, y in rows]", "A model reads from left to right: first what it is given, then what it writes."),
+    ),
+)  # fmt: skip
 
 
 def logp_cases(generator):
@@ -183,8 +117,8 @@ def logp_cases(generator):
         case([(2, 2)], 3, length=5),
         case([(2, 4), (1, 1), (4, 3), (3, 2)], 6),
         case([(1, 1), (1, 1), (1, 1)], 4),
-        case([(1, 7), (1, 7)], 5, scale=1e4, shift=3.0),
-        case([(1, 3)], 4, shift=2e3),  # large, but ordinary once normalised
+        Edge("the logits are extreme", case([(1, 7), (1, 7)], 5, scale=1e4, shift=3.0)),
+        Edge("large, but ordinary once normalised", case([(1, 3)], 4, shift=2e3)),
         case([(3, 5), (5, 3), (1, 2)], 11, length=9),
     ]
 
@@ -204,35 +138,8 @@ def logp_truth(logits, ids, mask):
     return torch.stack(rows)
 
 
-def token_logps(logits, ids, normalise=lambda logits: logits.log_softmax(-1)):
-    return normalise(logits[:, :-1]).gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-
-def logp(logits, ids, mask, marks=lambda mask: mask[:, 1:], normalise=lambda z: z.log_softmax(-1)):
-    """The right one, `marks` giving the tokens to count out of tokens 1, 2, ..."""
-    return (token_logps(logits, ids, normalise) * marks(mask)).sum(1)
-
-
-def until_the_end(mask):
-    """1 up to and with the last token of each completion."""
-    return mask.flip(1).cumsum(1).flip(1).clamp(max=1)[:, 1:]
-
-
-def from_the_start(mask):
-    """1 from the first token of each completion to the end of the rectangle."""
-    return mask.cumsum(1).clamp(max=1)[:, 1:]
-
-
-def without_first(mask):
-    return mask[:, 1:] * mask[:, :-1]
-
-
-def without_last(mask):
-    return mask[:, 1:] * torch.nn.functional.pad(mask[:, 2:], (0, 1))
-
-
-def nothing(z):
-    return z
+def token_logps(logits, ids):
+    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def logp_by_where(logits, ids, mask):
@@ -249,79 +156,36 @@ def logp_by_cross_entropy(logits, ids, mask):
     return -torch.einsum("bt,bt->b", each, mask[:, 1:].to(each.dtype))
 
 
-LOGP = Exercise(
-    id="06.2",
-    title="The log-probability of a completion",
-    kind="implement",
-    truth=logp_truth,
-    cases=logp_cases,
-    wrong=(
-        Wrong("the logarithm of a softmax", lambda logits, ids, mask: ((logits.softmax(-1).log()[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)) * mask[:, 1:]).sum(1),
-              "A softmax rounds small probabilities to 0, whose logarithm is infinite. One function does both at once, exactly."),
-        Wrong("every dimension of size 1 is squeezed away", lambda logits, ids, mask: (logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze() * mask[:, 1:].squeeze()).sum(-1),
-              "squeeze() without a dimension also removes the batch, or the length, where there is only one. Name the dimension."),
-        Wrong("logits not shifted", lambda z, ids, m: (z.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * m).sum(1),
-              "The logits at a position are for the next token: which position predicted the token at place t?"),
-        Wrong("shifted the wrong way", lambda z, ids, m: (z[:, 1:].log_softmax(-1).gather(-1, ids[:, :-1, None])[..., 0] * m[:, :-1]).sum(1),
-              "This asks the logits after a token about that token. They have seen it; the ones before it have not."),
-        Wrong("shifted by two", lambda z, ids, m: (z[:, :-2].log_softmax(-1).gather(-1, ids[:, 2:, None])[..., 0] * m[:, 2:]).sum(1),
-              "The logits at a position are for the token right after it, one place on."),
-        Wrong("the mask is not shifted", partial(logp, marks=lambda m: m[:, :-1]),
-              "The first of your log-probabilities belongs to token 1. Which entry of the mask says whether that token counts?"),
-        Wrong("prompt counted", partial(logp, marks=until_the_end),
-              "log pi(y | x) is a sum over the tokens of y; the prompt is given."),
-        Wrong("padding counted", partial(logp, marks=from_the_start),
-              "Padding a batch must not change a row's log-probability. What does your sum do after the completion's end?"),
-        Wrong("everything counted", partial(logp, marks=lambda m: torch.ones_like(m[:, 1:])),
-              "The mask says which tokens are the completion's: prompt and padding must add nothing."),
-        Wrong("EOS dropped", partial(logp, marks=without_last),
-              "The last token of the completion is predicted like any other, by the position before it."),
-        Wrong("the first token lost", partial(logp, marks=without_first),
-              "The completion's first token is predicted at the prompt's last position, and it counts."),
-        Wrong("mean for sum", lambda z, ids, m: logp(z, ids, m) / m.sum(1),
-              "The chain rule is a product of probabilities, so a sum of logarithms. The exponential of a mean is no probability."),
-        Wrong("mean over the rectangle", lambda z, ids, m: (token_logps(z, ids) * m[:, 1:]).mean(1),
-              "The chain rule is a sum. A mean would also depend on how much padding there is."),
-        Wrong("no log-softmax", partial(logp, normalise=nothing),
-              "Logits are not log-probabilities: adding 5 to all of them must not change the result."),
-        Wrong("log(softmax) overflows", partial(logp, normalise=lambda z: z.softmax(-1).log()),
-              "A very unlikely token has probability 0 in floating point, and its logarithm is infinite. torch does both steps in one."),
-        Wrong("exp before log overflows", partial(logp, normalise=lambda z: z - z.exp().sum(-1, keepdim=True).log()),
-              "The exponential of a logit of 1,000 is infinite. torch's log-softmax takes the largest out first."),
-        Wrong("probabilities added", partial(logp, normalise=lambda z: z.softmax(-1)),
-              "Probabilities multiply along the chain. What does the logarithm make of a product?"),
-        Wrong("log-softmax over positions", partial(logp, normalise=lambda z: z.log_softmax(1)),
-              "At each position, the probabilities of all tokens of the vocabulary sum to 1. Which dimension is that?"),
-        Wrong("log-softmax over the batch", partial(logp, normalise=lambda z: z.log_softmax(0)),
-              "One row's probability cannot depend on the other rows. Over which dimension do probabilities sum to 1?"),
-        Wrong("normalised after the lookup", lambda z, ids, m: (token_logps(z, ids, nothing).log_softmax(-1) * m[:, 1:]).sum(1),
-              "The log-softmax needs the logits of all tokens that could have come, not only of those that came."),
-        Wrong("summed over the batch", lambda z, ids, m: logp(z, ids, m).sum(),
-              "The task asks for one number a row, tensor [batch]."),
-        Wrong("one number per token", lambda z, ids, m: token_logps(z, ids) * m[:, 1:],
-              "The task asks for one number a row: put the tokens' log-probabilities together."),
-        Wrong("the sign", lambda z, ids, m: -logp(z, ids, m),
-              "A log-probability is never above 0. Cross-entropy is its negative."),
-        Wrong("the probability, not its logarithm", lambda z, ids, m: logp(z, ids, m).exp(),
-              "The task asks for the logarithm; a long text's probability is 0 in floating point."),
-        Wrong("float32 in the middle", lambda z, ids, m: logp(z.float(), ids, m),
-              "These logits are float64, and so must the result be: something converts them."),
-        Wrong("detached", lambda z, ids, m: logp(z.detach(), ids, m),
-              "This number is what training differentiates: nothing in it may leave the graph."),
-        Wrong("the normaliser is detached", lambda z, ids, m: logp(z, ids, m, normalise=lambda z: z - z.logsumexp(-1, keepdim=True).detach()),
-              "The log-sum-exp has a gradient as well: it is what pushes the other tokens down."),
-        Wrong("zeros", lambda z, ids, m: 0 * logp(z, ids, m),
-              "A log-probability is 0 only for what is certain."),
-    ),
-    others=(logp_by_where, logp_by_cross_entropy, logp),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=5,
-    minutes=10,
-    workshop=True,
-)  # fmt: skip
+def completion_logps(logits, ids, mask):
+    logps = logits[:, :-1].log_softmax(-1)
+    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (logps * mask[:, 1:]).sum(1)
 
-# --- 06.3 the loss of a batch, the reference frozen ---
+
+LOGP = Exercise(
+    "06.2", "The log-probability of a completion", "implement", difficulty=3, importance=5, minutes=10, workshop=True, float64=True,
+    truth=logp_truth, cases=logp_cases, tolerance=1e-9,
+    right=(completion_logps, logp_by_where, logp_by_cross_entropy,),
+    wrong=(
+        Wrong("the logarithm of a softmax", ".log_softmax(-1) -> .softmax(-1).log()", "A softmax rounds small probabilities to 0, whose logarithm is infinite. One function does both at once, exactly."),
+        Wrong("every dimension of size 1 is squeezed away", ".squeeze(-1) -> .squeeze() | mask[:, 1:]).sum(1) -> mask[:, 1:].squeeze()).sum(-1)", "squeeze() without a dimension also removes the batch, or the length, where there is only one. Name the dimension."),
+        Wrong("logits not shifted", "logits[:, :-1] -> logits | ids[:, 1:, None] -> ids[:, :, None] | mask[:, 1:] -> mask", "The logits at a position are for the next token: which position predicted the token at place t?"),
+        Wrong("shifted the wrong way", "logits[:, :-1] -> logits[:, 1:] | ids[:, 1:, None] -> ids[:, :-1, None] | mask[:, 1:] -> mask[:, :-1]", "This asks the logits after a token about that token. They have seen it; the ones before it have not."),
+        Wrong("shifted by two", "logits[:, :-1] -> logits[:, :-2] | ids[:, 1:, None] -> ids[:, 2:, None] | mask[:, 1:] -> mask[:, 2:]", "The logits at a position are for the token right after it, one place on."),
+        Wrong("EOS dropped", "mask = mask * (mask.flip(1).cumsum(1).flip(1) > 1)", "The last token of the completion is predicted like any other, by the position before it."),
+        Wrong("the first token lost", "mask = mask * (mask.cumsum(1) > 1)", "The completion's first token is predicted at the prompt's last position, and it counts."),
+        Wrong("mean for sum", ".sum(1) -> .sum(1) / mask.sum(1)", "The chain rule is a product of probabilities, so a sum of logarithms. The exponential of a mean is no probability."),
+        Wrong("mean over the rectangle", ".sum(1) -> .mean(1)", "The chain rule is a sum. A mean would also depend on how much padding there is."),
+        Wrong("no log-softmax", ".log_softmax(-1) -> ", "Logits are not log-probabilities: adding 5 to all of them must not change the result."),
+        Wrong("exp before log overflows", ".log_softmax(-1) -> .sub(logits[:, :-1].exp().sum(-1, keepdim=True).log())", "The exponential of a logit of 1,000 is infinite. torch's log-softmax takes the largest out first."),
+        Wrong("probabilities added", "log_softmax(-1) -> softmax(-1)", "Probabilities multiply along the chain. What does the logarithm make of a product?"),
+        Wrong("log-softmax over positions", "log_softmax(-1) -> log_softmax(1)", "At each position, the probabilities of all tokens of the vocabulary sum to 1. Which dimension is that?"),
+        Wrong("log-softmax over the batch", "log_softmax(-1) -> log_softmax(0)", "One row's probability cannot depend on the other rows. Over which dimension do probabilities sum to 1?"),
+        Wrong("normalised after the lookup", ".log_softmax(-1) ->  | .squeeze(-1) -> .squeeze(-1).log_softmax(-1)", "The log-softmax needs the logits of all tokens that could have come, not only of those that came."),
+        Wrong("one number per token", ".sum(1) -> ", "The task asks for one number a row: put the tokens' log-probabilities together."),
+        Wrong("the normaliser is detached", ".log_softmax(-1) -> .sub(logits[:, :-1].logsumexp(-1, keepdim=True).detach())", "The log-sum-exp has a gradient as well: it is what pushes the other tokens down."),
+    ),
+)  # fmt: skip
 
 
 class ReadTwice(Exception):
@@ -390,9 +254,9 @@ def frozen_cases(generator):
     both_ways = [pair for z in (x, other) for pair in ((z, w, l), (z, l, w))]
     return [
         (*models(), [(x, w, l)], 0.5),
-        (*models(), again, 0.1),
-        (*models(), joined, 1.3),
-        (*models(1e4), both_ways, 2.0),
+        Edge("rows repeat, with other prompts too", (*models(), again, 0.1)),
+        Edge("rows differ only in where the prompt ends", (*models(), joined, 1.3)),
+        Edge("policy and reference are far apart", (*models(1e4), both_ways, 2.0)),
     ]
 
 
@@ -407,54 +271,6 @@ def frozen_truth(policy, reference, pairs, beta):
         value = at.abs().neg().exp().log1p() - at.clamp(max=0)
         losses.append(value - (-at).sigmoid() * (margin - at))
     return torch.stack(losses)
-
-
-def once(model, pairs, key=lambda x, y: (x, y)):
-    """log-probabilities [pairs, 2], rows with the same key read once."""
-    rows = [(x, y) for x, w, l in pairs for y in (w, l)]
-    different = {}
-    for row in rows:
-        different.setdefault(key(*row), row)
-    place = {k: i for i, k in enumerate(different)}
-    return model(list(different.values()))[[place[key(*row)] for row in rows]].view(-1, 2)
-
-
-def pair_losses(policy, reference, beta):
-    """From log-probabilities [pairs, 2]."""
-    ratios = policy - reference
-    return -torch.nn.functional.logsigmoid(beta * (ratios[:, 0] - ratios[:, 1]))
-
-
-def frozen(policy, reference, pairs, beta, **how):
-    return pair_losses(once(policy, pairs, **how), once(reference, pairs, **how).detach(), beta)
-
-
-def read_every_row(policy, reference, pairs, beta):
-    rows = [(x, y) for x, w, l in pairs for y in (w, l)]
-    with torch.no_grad():
-        before = reference(rows)
-    return pair_losses(policy(rows).view(-1, 2), before.view(-1, 2), beta)
-
-
-def own_reference(policy, reference, pairs, beta):
-    logps = once(policy, pairs)
-    return pair_losses(logps, logps, beta)
-
-
-def own_reference_detached(policy, reference, pairs, beta):
-    logps = once(policy, pairs)
-    return pair_losses(logps, logps.detach(), beta)
-
-
-def overflowing(policy, reference, pairs, beta):
-    ratios = once(policy, pairs) - once(reference, pairs).detach()
-    return -torch.log(torch.sigmoid(beta * (ratios[:, 0] - ratios[:, 1])))
-
-
-def rejected_detached(policy, reference, pairs, beta):
-    chosen, rejected = once(policy, pairs).unbind(1)
-    logps = torch.stack((chosen, rejected.detach()), 1)
-    return pair_losses(logps, once(reference, pairs).detach(), beta)
 
 
 def frozen_by_cache(policy, reference, pairs, beta):
@@ -491,58 +307,38 @@ def frozen_by_sorting(policy, reference, pairs, beta):
     return torch.nn.functional.softplus(-margins, threshold=1000)
 
 
-FROZEN = Exercise(
-    id="06.3",
-    title="A batch's loss, the reference frozen",
-    kind="implement",
-    truth=frozen_truth,
-    cases=frozen_cases,
-    wrong=(
-        Wrong("the reference gets a gradient", lambda p, r, pairs, b: pair_losses(once(p, pairs), once(r, pairs), b),
-              "The values are right, but an optimiser could now lower the loss by moving the reference. It must be a constant."),
-        Wrong("the policy is frozen too", lambda p, r, pairs, b: pair_losses(once(p, pairs).detach(), once(r, pairs).detach(), b),
-              "Nothing is left to train: torch.no_grad() or detach() belongs to the reference alone."),
-        Wrong("the wrong model is frozen", lambda p, r, pairs, b: pair_losses(once(p, pairs).detach(), once(r, pairs), b),
-              "The values are right, but which of the two models is to learn?"),
-        Wrong("policy and reference swapped", lambda p, r, pairs, b: frozen(r, p, pairs, b),
-              "The log-ratio is that of the policy to the reference: what is trained stands above."),
-        Wrong("the policy is its own reference", own_reference,
-              "The loss is log 2 whatever happens, and its gradient is 0: no model has moved away from itself."),
-        Wrong("the policy of this moment is the reference", own_reference_detached,
-              "The loss is log 2 at every step, though a gradient flows. The reference is the model as it was before training."),
-        Wrong("the policy is asked for the reference's numbers", lambda p, r, pairs, b: pair_losses(once(p, pairs), once(p, pairs).detach(), b),
-              "The policy reads each row once, for its own numbers; the other numbers come from the reference."),
-        Wrong("no reference", lambda p, r, pairs, b: pair_losses(once(p, pairs), 0.0, b),
-              "Each completion's log-probability is compared with what the reference gave the same completion."),
-        Wrong("rows are read again", read_every_row,
-              "Collect the different rows first, read those, and give each pair its two numbers."),
-        Wrong("the prompt is not part of the key", lambda p, r, pairs, b: frozen(p, r, pairs, b, key=lambda x, y: y),
-              "The same completion of another prompt is another row, with another probability."),
-        Wrong("prompt and completion are one key", lambda p, r, pairs, b: frozen(p, r, pairs, b, key=lambda x, y: x + y),
-              "The prompt (1, 2) with completion (3,) and the prompt (1,) with completion (2, 3) are the same tokens. Have they the same log-probability?"),
-        Wrong("repeated pairs are dropped", lambda p, r, pairs, b: frozen(p, r, list(dict.fromkeys(pairs)), b),
-              "A pair that is drawn twice counts twice. Only the reading is done once; the result has one loss for each pair given."),
-        Wrong("chosen and rejected swapped", lambda p, r, pairs, b: frozen(p, r, [(x, l, w) for x, w, l in pairs], b),
-              "Where the chosen one gained on the reference, the loss must be below log 2."),
-        Wrong("the sign of the loss", lambda p, r, pairs, b: -frozen(p, r, pairs, b),
-              "A loss is minimised: it is minus the log-likelihood, and never negative."),
-        Wrong("beta is missing", lambda p, r, pairs, b: frozen(p, r, pairs, 1.0),
-              "Beta multiplies the margin inside the log-sigmoid."),
-        Wrong("averaged over the pairs", lambda p, r, pairs, b: frozen(p, r, pairs, b).mean(),
-              "The task asks for one loss a pair; the loop takes the mean."),
-        Wrong("log(sigmoid(x)) overflows", overflowing,
-              "The sigmoid of a very negative margin is 0 in floating point. One torch function does both steps."),
-        Wrong("the rejected one is detached", rejected_detached,
-              "Both completions are read by the policy, and both carry a gradient."),
-    ),
-    others=(frozen_by_cache, frozen_by_sorting, frozen),
-    tolerance=1e-8,
-    difficulty=3,
-    importance=4,
-    minutes=11,
-)  # fmt: skip
+def batch_losses(policy, reference, pairs, beta):
+    chosen = [(x, w) for x, w, _ in pairs]
+    rejected = [(x, l) for x, _, l in pairs]
+    different = list(dict.fromkeys(chosen + rejected))
+    place = {row: i for i, row in enumerate(different)}
+    with torch.no_grad():
+        before = reference(different)
+    ratios = policy(different) - before
+    margin = ratios[[place[row] for row in chosen]] - ratios[[place[row] for row in rejected]]
+    return -torch.nn.functional.logsigmoid(beta * margin)
 
-# --- 06.4 gradients, accumulated ---
+
+FROZEN = Exercise(
+    "06.3", "A batch's loss, the reference frozen", "implement", difficulty=3, importance=4, minutes=11,
+    truth=frozen_truth, cases=frozen_cases,
+    right=(batch_losses, frozen_by_cache, frozen_by_sorting,),
+    wrong=(
+        Wrong("the reference gets a gradient", "torch.no_grad() -> torch.enable_grad()", "The values are right, but an optimiser could now lower the loss by moving the reference. It must be a constant."),
+        Wrong("the wrong model is frozen", "torch.no_grad() -> torch.enable_grad() | policy(different) -> policy(different).detach()", "The values are right, but which of the two models is to learn?"),
+        Wrong("the policy of this moment is the reference", "before = reference(different) -> pass | policy(different) - before -> (lambda logps: logps - logps.detach())(policy(different))",
+              "The loss is log 2 at every step, though a gradient flows. The reference is the model as it was before training."),
+        Wrong("the policy is asked for the reference's numbers", "reference(different) -> policy(different)", "The policy reads each row once, for its own numbers; the other numbers come from the reference."),
+        Wrong("no reference", "reference(different) -> 0.0", "Each completion's log-probability is compared with what the reference gave the same completion."),
+        Wrong("rows are read again", "list(dict.fromkeys(chosen + rejected)) -> chosen + rejected", "Collect the different rows first, read those, and give each pair its two numbers."),
+        Wrong("the prompt is not part of the key", "list(dict.fromkeys(chosen + rejected)) -> list({y: (x, y) for x, *ys in reversed(pairs) for y in reversed(ys)}.values()) | {row: i -> {row[1]: i | place[row] -> place[row[1]]",
+              "The same completion of another prompt is another row, with another probability."),
+        Wrong("prompt and completion are one key", "list(dict.fromkeys(chosen + rejected)) -> list({x + y: (x, y) for x, *ys in reversed(pairs) for y in reversed(ys)}.values()) | {row: i -> {row[0] + row[1]: i | place[row] -> place[row[0] + row[1]]",
+              "The prompt (1, 2) with completion (3,) and the prompt (1,) with completion (2, 3) are the same tokens. Have they the same log-probability?"),
+        Wrong("log(sigmoid(x)) overflows", "torch.nn.functional.logsigmoid(beta * margin) -> torch.sigmoid(beta * margin).log()", "The sigmoid of a very negative margin is 0 in floating point. One torch function does both steps."),
+        Wrong("the rejected one is detached", "for row in rejected]] -> for row in rejected]].detach()", "Both completions are read by the policy, and both carry a gradient."),
+    ),
+)  # fmt: skip
 
 
 class OutOfMemory(Exception):
@@ -581,7 +377,8 @@ def accumulate_cases(generator):
         beta = 0.5 + torch.rand(1, generator=generator).item()
         return weight.requires_grad_(), Losses(beta, max(sizes), []), [3 * part for part in parts]
 
-    return [case(2), case(2, 1), case(3, 3), case(1, 4, 2), case(5, 5, 5, 1)]
+    unequal = [case(2, 1), case(1, 4, 2), case(5, 5, 5, 1)]
+    return [case(2), case(3, 3), *(Edge("micro-batches are not equally large", c) for c in unequal)]
 
 
 def accumulate_truth(weight, losses, micro_batches):
@@ -593,59 +390,6 @@ def accumulate_truth(weight, losses, micro_batches):
         slope = -losses.beta * torch.tensor(-margin, dtype=torch.float64).sigmoid().item()
         gradient = [g + slope * a / len(pairs) for g, a in zip(gradient, row)]
     return torch.tensor(gradient, dtype=weight.dtype)
-
-
-def gradients(weight, losses, parts, scalar):
-    """The sum of the gradients of scalar(losses of a part, number of it)."""
-    each = (
-        torch.autograd.grad(scalar(losses(weight, part), i), weight)[0]
-        for i, part in enumerate(parts)
-    )
-    return sum(each)
-
-
-def accumulated(weigh, choose=lambda parts: parts):
-    """A wrong answer: `weigh(losses, parts, i)` is what it backpropagates for part i."""
-
-    def answer(weight, losses, micro_batches):
-        parts = choose(micro_batches)
-        return gradients(weight, losses, parts, lambda these, i: weigh(these, parts, i))
-
-    return answer
-
-
-def total(parts):
-    return sum(map(len, parts))
-
-
-def full_ones(parts):
-    return [part for part in parts if len(part) == max(map(len, parts))]
-
-
-def counted_again(weight, losses, micro_batches):
-    """A running loss that is backpropagated each time."""
-    running = 0.0
-    for part in micro_batches:
-        running = running + losses(weight, part).sum() / total(micro_batches)
-        running.backward(retain_graph=True)
-    return weight.grad
-
-
-def one_backward_at_the_end(weight, losses, micro_batches):
-    running = sum(losses(weight, part).sum() for part in micro_batches)
-    (running / total(micro_batches)).backward()
-    return weight.grad
-
-
-def all_at_once(weight, losses, micro_batches):
-    losses(weight, torch.cat(micro_batches)).mean().backward()
-    return weight.grad
-
-
-def accumulate_by_backward(weight, losses, micro_batches):
-    for part in micro_batches:
-        (losses(weight, part).mean() * (len(part) / total(micro_batches))).backward()
-    return weight.grad
 
 
 def accumulate_then_divide(weight, losses, micro_batches):
@@ -665,56 +409,35 @@ def accumulate_pair_by_pair(weight, losses, micro_batches):
     return gradient
 
 
+def accumulated_gradient(weight, losses, micro_batches):
+    n = sum(len(part) for part in micro_batches)
+    for part in micro_batches:
+        (losses(weight, part).sum() / n).backward()
+    return weight.grad
+
+
 ACCUMULATE = Exercise(
-    id="06.4",
-    title="Micro-batches of unequal size",
-    kind="implement",
-    truth=accumulate_truth,
-    cases=accumulate_cases,
+    "06.4", "Micro-batches of unequal size", "implement", difficulty=2, importance=4, minutes=8,
+    truth=accumulate_truth, cases=accumulate_cases,
+    right=(accumulated_gradient, accumulate_then_divide, accumulate_pair_by_pair,),
     wrong=(
-        Wrong("the mean of means", accumulated(lambda these, parts, i: these.mean() / len(parts)),
-              "Right as long as all micro-batches are equally large. How much does a pair in a micro-batch of one weigh here?"),
-        Wrong("means added", accumulated(lambda these, parts, i: these.mean()),
-              "backward() adds to what is there: cut into more micro-batches, the same batch would get a larger gradient."),
-        Wrong("sums added, not divided", accumulated(lambda these, parts, i: these.sum()),
-              "That is the gradient of the batch's sum; the task wants that of its mean."),
-        Wrong("the last micro-batch only", accumulated(lambda these, parts, i: these.mean(), lambda parts: parts[-1:]),
-              "Where are the gradients of the earlier micro-batches? Something clears or overwrites them inside the loop."),
-        Wrong("only the last part, weighted rightly",
-              lambda w, f, parts: accumulated(lambda these, _, i: these.sum() / total(parts))(w, f, parts[-1:]),
-              "The weight is right. But the gradients must add up over the loop, and only the last is left."),
-        Wrong("the first micro-batch only", accumulated(lambda these, parts, i: these.mean(), lambda parts: parts[:1]),
-              "The loop ends early, or returns from inside."),
-        Wrong("smaller micro-batches are dropped", accumulated(lambda these, parts, i: these.sum() / total(parts), full_ones),
-              "Every pair counts, those in a smaller micro-batch too."),
-        Wrong("all taken to be as large as the largest", accumulated(lambda these, parts, i: these.sum() / (len(parts) * max(map(len, parts)))),
-              "How many pairs are there really? Count them instead of multiplying."),
-        Wrong("divided by the number of micro-batches", accumulated(lambda these, parts, i: these.sum() / len(parts)),
-              "The mean is over pairs: divide by how many pairs there are."),
-        Wrong("divided twice", accumulated(lambda these, parts, i: these.mean() / total(parts)),
-              "One division is enough: a mean is divided already."),
-        Wrong("earlier micro-batches counted again", counted_again,
+        Wrong("the mean of means", ".sum() / n -> .mean() / len(micro_batches)", "Right as long as all micro-batches are equally large. How much does a pair in a micro-batch of one weigh here?"),
+        Wrong("means added", ".sum() / n -> .mean()", "backward() adds to what is there: cut into more micro-batches, the same batch would get a larger gradient."),
+        Wrong("sums added, not divided", ".sum() / n -> .sum()", "That is the gradient of the batch's sum; the task wants that of its mean."),
+        Wrong("only the last part, weighted rightly", "in micro_batches: -> in micro_batches[-1:]:", "The weight is right. But the gradients must add up over the loop, and only the last is left."),
+        Wrong("smaller micro-batches are dropped", "micro_batches = [part for part in micro_batches if len(part) == max(map(len, micro_batches))]", "Every pair counts, those in a smaller micro-batch too."),
+        Wrong("all taken to be as large as the largest", "/ n -> / (len(micro_batches) * max(map(len, micro_batches)))", "How many pairs are there really? Count them instead of multiplying."),
+        Wrong("divided by the number of micro-batches", "/ n -> / len(micro_batches)", "The mean is over pairs: divide by how many pairs there are."),
+        Wrong("divided twice", ".sum() / n -> .mean() / n", "One division is enough: a mean is divided already."),
+        Wrong("earlier micro-batches counted again", "(losses(weight, part).sum() / n).backward() -> running = losses(weight, part).sum() / n + (0 if weight.grad is None else running); running.backward(retain_graph=True)",
               "A running loss still holds the earlier graphs, so each backward() passes through all of them again."),
-        Wrong("the whole batch at once", all_at_once,
-              "That is the right mean, but it does not fit: take one micro-batch at a time and let the gradients add up."),
-        Wrong("one backward at the end", one_backward_at_the_end,
+        Wrong("the whole batch at once", "micro_batches = [torch.cat(micro_batches)]", "That is the right mean, but it does not fit: take one micro-batch at a time and let the gradients add up."),
+        Wrong("one backward at the end", "for part in micro_batches: -> for part in [sum(losses(weight, part).sum() for part in micro_batches)]: | losses(weight, part).sum() / n -> part / n",
               "The gradient would be right, but until then the graphs of all micro-batches are kept. What frees one before the next is built?"),
-        Wrong("the sign", accumulated(lambda these, parts, i: -these.sum() / total(parts)),
-              "The task wants the gradient itself; the optimiser subtracts it."),
-        Wrong("the mean loss, not its gradient",
-              lambda w, f, parts: sum(f(w.detach(), part).sum() for part in parts) / total(parts),
-              "The task wants a tensor as large as the weight: what backward() leaves in weight.grad."),
-        Wrong("zeros", lambda w, f, parts: torch.zeros_like(w.detach()),
-              "The gradients are cleared before they are returned, or backward() was never called."),
+        Wrong("the mean loss, not its gradient", "return weight.grad -> return sum(losses(weight.detach(), part).sum() for part in micro_batches) / n", "The task wants a tensor as large as the weight: what backward() leaves in weight.grad."),
     ),
-    others=(accumulate_by_backward, accumulate_then_divide, accumulate_pair_by_pair),
-    tolerance=1e-9,
-    difficulty=2,
-    importance=4,
-    minutes=8,
 )  # fmt: skip
 
-# --- 06.5 which bug is it? ---
 
 # What seven runs of the tiny loop below showed, as printed in the task: first loss, first loss
 # computed again, last loss, true margin, sum over all two-token completions, change by padding.
@@ -756,7 +479,7 @@ def tiny_run(bug):
     start = [[drawn.gauss(0, 1) for _ in range(VOCABULARY)] for _ in range(VOCABULARY)]
     start = torch.tensor(start, dtype=torch.float64)
     dropout = torch.Generator().manual_seed(0) if bug == "dropout on" else None
-    batch = padded([(pair[0], pair[k]) for k in (1, 2) for pair in pairs], 0)
+    batch = pad_rows([(pair[0], pair[k]) for k in (1, 2) for pair in pairs], 0)
     before = tiny_logps(start, batch, bug)
 
     def margins(logps, reference):
@@ -778,9 +501,9 @@ def tiny_run(bug):
 
     x = [1, 2]
     every = [(x, [a, b]) for a in range(VOCABULARY) for b in range(VOCABULARY)]
-    sum_of_all = tiny_logps(start, padded(every, 0), bug).exp().sum().item()
+    sum_of_all = tiny_logps(start, pad_rows(every, 0), bug).exp().sum().item()
     row, longer = (x, [3, 4]), (x, [3, 4, 1, 2])
-    alone, beside = (tiny_logps(start, padded(r, 0), bug)[0] for r in ([row], [row, longer]))
+    alone, beside = (tiny_logps(start, pad_rows(r, 0), bug)[0] for r in ([row], [row, longer]))
     return first, again, last.item(), truth, sum_of_all, abs(alone - beside).item()
 
 
@@ -795,47 +518,25 @@ def diagnosis_truth():
 
 
 DIAGNOSE = Exercise(
-    id="06.5",
-    title="Which bug is it?",
-    kind="diagnose",
-    truth=diagnosis_truth,
-    cases=lambda generator: [()],
+    "06.5", "Which bug is it?", "diagnose", difficulty=3, importance=5, minutes=8, workshop=True,
+    truth=diagnosis_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("A passes because its loss does", lambda: {"A": "nothing"},
-              "Its losses and its margin are perfect, but one test does not look at the loss. What is its result, and what would make a sum of probabilities too small?"),
-        Wrong("A: what is counted too much?", lambda: {"A": "padding counted"},
-              "Too many tokens are counted, that is right. But would this row's log-probability then stay the same beside a longer row?"),
-        Wrong("B passes because its loss does", lambda: {"B": "nothing"},
-              "The loss falls as it should. Which way did the margin go, measured by the right code?"),
-        Wrong("B: a reference that is missing", lambda: {"B": "no reference"},
-              "Without a reference the first loss would not be log 2."),
-        Wrong("C: a reference that is missing", lambda: {"C": "no reference"},
-              "Without a reference the first loss is off, too, but it is a definite number. Compare the first two columns."),
-        Wrong("C: log 2 up to rounding", lambda: {"C": "nothing"},
-              "Policy and reference are the same weights before the first step, so the loss is log 2 to all four digits. What makes two readings of one batch differ?"),
-        Wrong("D: a learning rate too small", lambda: {"D": "nothing"},
-              "It could be the learning rate. But nothing has been trained yet where the sum over all completions was taken: can probabilities sum to more than 1?"),
-        Wrong("D: the reference is the policy", lambda: {"D": "reference = policy"},
-              "Then the loss would not move at all; this one moves, slowly. Its sum over all completions is far above 1."),
-        Wrong("D: too much is counted", lambda: {"D": "prompt counted"},
-              "Counting more tokens multiplies by more probabilities, so the sum would be below 1, not above."),
-        Wrong("E: a reference that is missing", lambda: {"E": "no reference"},
-              "Without a reference the first loss would not be log 2."),
-        Wrong("E learns slowly", lambda: {"E": "mean for sum"},
-              "Its loss is not slow, it is constant: which quantity in the margin can never differ from the other?"),
-        Wrong("E passes because it starts at log 2", lambda: {"E": "nothing"},
-              "A loss of log 2 is right before the first step, not after the last."),
-        Wrong("F has a bug that no loss can see", lambda: {"F": "prompt counted"},
-              "Its losses are those of another run, to the last digit. Which of the two passes the tests of log-probabilities?"),
-        Wrong("G: what is counted too much?", lambda: {"G": "prompt counted"},
-              "A prompt that is counted cancels in the loss, and a longer row beside it changes nothing. Here both differ."),
-        Wrong("G passes because its loss is low", lambda: {"G": "nothing"},
-              "It has the lowest loss of all, but not the largest margin: something besides the completions is being learned. See the last column."),
+        Wrong("A passes because its loss does", {"A": "nothing"}, "Its losses and its margin are perfect, but one test does not look at the loss. What is its result, and what would make a sum of probabilities too small?"),
+        Wrong("A: what is counted too much?", {"A": "padding counted"}, "Too many tokens are counted, that is right. But would this row's log-probability then stay the same beside a longer row?"),
+        Wrong("B passes because its loss does", {"B": "nothing"}, "The loss falls as it should. Which way did the margin go, measured by the right code?"),
+        Wrong("B: a reference that is missing", {"B": "no reference"}, "Without a reference the first loss would not be log 2."),
+        Wrong("C: a reference that is missing", {"C": "no reference"}, "Without a reference the first loss is off, too, but it is a definite number. Compare the first two columns."),
+        Wrong("C: log 2 up to rounding", {"C": "nothing"}, "Policy and reference are the same weights before the first step, so the loss is log 2 to all four digits. What makes two readings of one batch differ?"),
+        Wrong("D: a learning rate too small", {"D": "nothing"}, "It could be the learning rate. But nothing has been trained yet where the sum over all completions was taken: can probabilities sum to more than 1?"),
+        Wrong("D: the reference is the policy", {"D": "reference = policy"}, "Then the loss would not move at all; this one moves, slowly. Its sum over all completions is far above 1."),
+        Wrong("D: too much is counted", {"D": "prompt counted"}, "Counting more tokens multiplies by more probabilities, so the sum would be below 1, not above."),
+        Wrong("E: a reference that is missing", {"E": "no reference"}, "Without a reference the first loss would not be log 2."),
+        Wrong("E learns slowly", {"E": "mean for sum"}, "Its loss is not slow, it is constant: which quantity in the margin can never differ from the other?"),
+        Wrong("E passes because it starts at log 2", {"E": "nothing"}, "A loss of log 2 is right before the first step, not after the last."),
+        Wrong("F has a bug that no loss can see", {"F": "prompt counted"}, "Its losses are those of another run, to the last digit. Which of the two passes the tests of log-probabilities?"),
+        Wrong("G: what is counted too much?", {"G": "prompt counted"}, "A prompt that is counted cancels in the loss, and a longer row beside it changes nothing. Here both differ."),
+        Wrong("G passes because its loss is low", {"G": "nothing"}, "It has the lowest loss of all, but not the largest margin: something besides the completions is being learned. See the last column."),
     ),
-    difficulty=3,
-    importance=5,
-    minutes=8,
-    workshop=True,
 )  # fmt: skip
 
 EXERCISES = (PAD, LOGP, FROZEN, ACCUMULATE, DIAGNOSE)

@@ -7,9 +7,7 @@ from functools import cache
 
 import torch
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
-
-# --- 08.1 the learning rate ---
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def rate_cases(generator):
@@ -46,88 +44,43 @@ def rate_truth(step, steps, warmup, peak):
     return peak * float(rates[step])
 
 
-def schedule(up=None, down=None):
-    """An answer from its two branches; each is a function of (step, steps, warmup)."""
-    up = up or (lambda step, steps, warmup: (step + 1) / warmup)
-    down = down or (lambda step, steps, warmup: 1 - (step - warmup) / (steps - warmup))
-
-    def rate(step, steps, warmup, peak):
-        return peak * (up if step < warmup else down)(step, steps, warmup)
-
-    return rate
-
-
-def whole_steps(step, steps, warmup, peak):
-    return peak * ((step + 1) // warmup if step < warmup else (steps - step) // (steps - warmup))
-
-
-def no_branch(step, steps, warmup, peak):
-    return peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+def learning_rate(step, steps, warmup, peak):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 - (step - warmup) / (steps - warmup))
 
 
 RATE = Exercise(
-    id="08.1",
-    title="The learning rate of every step",
-    kind="implement",
-    truth=rate_truth,
-    cases=rate_cases,
-    wrong=(
-        Wrong("the first step has rate 0", schedule(up=lambda s, n, w: s / w),
-              "Step 0 is a step that is taken: at rate 0 its batch would be read for nothing. Which share of the peak does it have?"),
-        Wrong("the first step has rate 0, the fall starts late", schedule(lambda s, n, w: s / w, lambda s, n, w: (n - 1 - s) / max(1, n - 1 - w)),
-              "Both ends are off: write the rates of steps 0, 1, ... for 2 warm-up steps out of 6, and compare them with the example."),
-        Wrong("the last step has rate 0", schedule(down=lambda s, n, w: (n - 1 - s) / max(1, n - 1 - w)),
-              "The last step is taken too. It is the step after it, which never comes, that would have rate 0."),
-        Wrong("one step ahead after the warm-up", schedule(down=lambda s, n, w: 1 - (s + 1 - w) / (n - w)),
-              "Your last step has rate 0. What is the rate of the first step after the warm-up?"),
-        Wrong("the fall counts from step 0", schedule(down=lambda s, n, w: 1 - s / n),
-              "Right after the warm-up the rate jumps in yours. The fall starts at the peak: from which step on is it counted?"),
-        Wrong("the fall is spread over all steps", schedule(down=lambda s, n, w: 1 - (s - w) / n),
-              "The fall has fewer steps than the run. How many are left after the warm-up?"),
-        Wrong("no fall", schedule(down=lambda s, n, w: 1.0),
-              "A constant rate after the warm-up is a schedule of its own; this one falls to 0."),
-        Wrong("a fall by cosine", schedule(down=lambda s, n, w: (1 + math.cos(math.pi * (s - w) / (n - w))) / 2),
-              "The task asks for equal parts, a straight line."),
-        Wrong("no warm-up", schedule(up=lambda s, n, w: 1.0),
-              "In the first steps the rate has to climb to the peak."),
-        Wrong("no warm-up, the fall over all steps", lambda s, n, w, peak: peak * (1 - s / n),
-              "The fall begins only when the warm-up has ended. What happens before?"),
-        Wrong("the warm-up is spread over all steps", schedule(up=lambda s, n, w: (s + 1) / n),
-              "The peak is to be reached in the last warm-up step, not at the end of the run."),
-        Wrong("the warm-up stops short of the peak", schedule(up=lambda s, n, w: (s + 1) / (w + 1)),
-              "Which rate has your last warm-up step? It should have the peak."),
-        Wrong("both at once", lambda s, n, w, peak: peak * min(1.0, (s + 1) / max(1, w)) * (1 - s / n),
-              "Climb and fall follow one another: the fall has not begun while the rate still climbs."),
-        Wrong("the warm-up runs backwards", schedule(up=lambda s, n, w: 1 - s / w),
-              "In the warm-up the rate rises from a small one."),
-        Wrong("the rest of the run upside down", schedule(down=lambda s, n, w: (s - w) / (n - w)),
-              "After the warm-up the rate starts at the peak and falls."),
-        Wrong("one warm-up step too many", lambda s, n, w, peak: peak * ((s + 1) / max(1, w) if s <= w else (n - s) / (n - w)),
-              "Steps are counted from 0. Which is the last of the warm-up steps?"),
-        Wrong("steps counted from 1", lambda s, n, w, peak: schedule()(s - 1, n, w, peak) if s else 0.0,
-              "The first step that your function is asked about is step 0."),
-        Wrong("the peak is left out", lambda s, n, w, peak: schedule()(s, n, w, 1.0),
-              "That is the share of the peak."),
-        Wrong("whole numbers only", whole_steps,
-              "The operator // drops the fraction, and nearly all of the schedule is fractions."),
-        Wrong("divides by 0", no_branch,
-              "A run may have no warm-up steps, or nothing else. What do you divide by then?"),
-        Wrong("always the peak", lambda s, n, w, peak: peak,
-              "That is an optimizer without a schedule."),
-        Wrong("zero", lambda s, n, w, peak: 0.0,
-              "At rate 0 nothing is learned."),
-    ),
-    others=(
+    "08.1", "The learning rate of every step", "implement", difficulty=1, importance=3, minutes=7,
+    truth=rate_truth, cases=rate_cases,
+    right=(
+        learning_rate,
         lambda s, n, w, peak: peak * min((s + 1) / max(1, w), (n - s) / max(1, n - w)),
         lambda s, n, w, peak: peak * ([i / w for i in range(1, w + 1)] + [i / (n - w) for i in range(n - w, 0, -1)])[s],
     ),
-    tolerance=1e-12,
-    difficulty=1,
-    importance=3,
-    minutes=7,
+    wrong=(
+        Wrong("the first step has rate 0", "(step + 1) / warmup -> step / warmup", "Step 0 is a step that is taken: at rate 0 its batch would be read for nothing. Which share of the peak does it have?"),
+        Wrong("the first step has rate 0, the fall starts late", "(step + 1) / warmup -> step / warmup | (1 - (step - warmup) / (steps - warmup)) -> (steps - 1 - step) / max(1, steps - 1 - warmup)",
+              "Both ends are off: write the rates of steps 0, 1, ... for 2 warm-up steps out of 6, and compare them with the example."),
+        Wrong("one step ahead after the warm-up", "(step - warmup) / -> (step + 1 - warmup) /", "Your last step has rate 0. What is the rate of the first step after the warm-up?"),
+        Wrong("the fall counts from step 0", "(1 - (step - warmup) / (steps - warmup)) -> (1 - step / steps)", "Right after the warm-up the rate jumps in yours. The fall starts at the peak: from which step on is it counted?"),
+        Wrong("the fall is spread over all steps", "/ (steps - warmup) -> / steps", "The fall has fewer steps than the run. How many are left after the warm-up?"),
+        Wrong("no fall", "(1 - (step - warmup) / (steps - warmup)) -> 1", "A constant rate after the warm-up is a schedule of its own; this one falls to 0."),
+        Wrong("a fall by cosine", "(1 - (step - warmup) / (steps - warmup)) -> (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2", "The task asks for equal parts, a straight line."),
+        Wrong("no warm-up", "peak * (step + 1) / warmup -> peak", "In the first steps the rate has to climb to the peak."),
+        Wrong("no warm-up, the fall over all steps", "result = peak * (1 - step / steps)", "The fall begins only when the warm-up has ended. What happens before?"),
+        Wrong("the warm-up is spread over all steps", "(step + 1) / warmup -> (step + 1) / steps", "The peak is to be reached in the last warm-up step, not at the end of the run."),
+        Wrong("the warm-up stops short of the peak", "(step + 1) / warmup -> (step + 1) / (warmup + 1)", "Which rate has your last warm-up step? It should have the peak."),
+        Wrong("both at once", "result = peak * min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)", "Climb and fall follow one another: the fall has not begun while the rate still climbs."),
+        Wrong("the warm-up runs backwards", "(step + 1) / warmup -> (1 - step / warmup)", "In the warm-up the rate rises from a small one."),
+        Wrong("the rest of the run upside down", "(1 - (step - warmup) / (steps - warmup)) -> (step - warmup) / (steps - warmup)", "After the warm-up the rate starts at the peak and falls."),
+        Wrong("one warm-up step too many", "step < warmup -> step <= warmup | (step + 1) / warmup -> (step + 1) / max(1, warmup)", "Steps are counted from 0. Which is the last of the warm-up steps?"),
+        Wrong("steps counted from 1", "if step < warmup: -> step -= 1\n    if step < 0:\n        return 0.0\n    if step < warmup:", "The first step that your function is asked about is step 0."),
+        Wrong("whole numbers only", "(step + 1) / warmup -> ((step + 1) // warmup) | (1 - (step - warmup) / (steps - warmup)) -> ((steps - step) // (steps - warmup))", "The operator // drops the fraction, and nearly all of the schedule is fractions."),
+        Wrong("divides by 0", "result = peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))", "A run may have no warm-up steps, or nothing else. What do you divide by then?"),
+        Wrong("always the peak", "result = peak", "That is an optimizer without a schedule."),
+    ),
 )  # fmt: skip
-
-# --- 08.2 the loss of SFT ---
 
 
 def sft_cases(generator):
@@ -151,115 +104,9 @@ def sft_cases(generator):
     return [
         batch([(2, 2)], 3),
         batch([(1, 5), (3, 1)], 4),
-        batch([(2, 1), (1, 6), (3, 2), (4, 0)], 6, left=2),  # the last row's prompt fills it
-        (extreme, ids, mask),
+        Edge("the last row's prompt fills it", batch([(2, 1), (1, 6), (3, 2), (4, 0)], 6, left=2)),
+        Edge("the logits are extreme", (extreme, ids, mask)),
     ]
-
-
-class TokenByToken(torch.autograd.Function):
-    """Python numbers: log-probabilities by the chain rule, the gradient softmax - one, written out."""
-
-    @staticmethod
-    def forward(ctx, logits, ids, mask):
-        scores, terms = logits.tolist(), []
-        slopes = [[[0.0] * len(place) for place in row] for row in scores]
-        places = [(i, t) for i, row in enumerate(mask.tolist()) for t, m in enumerate(row) if m]
-        for i, t in places:
-            before, token = scores[i][t - 1], int(ids[i, t])
-            top = max(before)
-            total = math.fsum(math.exp(s - top) for s in before)
-            terms.append(math.log(total) + top - before[token])
-            for v, s in enumerate(before):
-                slopes[i][t - 1][v] = (math.exp(s - top) / total - (v == token)) / len(places)
-        ctx.save_for_backward(logits.new_tensor(slopes))
-        return logits.new_tensor(math.fsum(terms) / len(terms))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0], None, None
-
-
-def taken(logits, ids):
-    """log pi of every token but the first, [batch, length - 1]."""
-    return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-
-def sft(reduce, logps=taken, of_mask=lambda mask: mask[:, 1:]):
-    """An answer from a reduction of (log-probabilities, mask)."""
-    return lambda logits, ids, mask: reduce(logps(logits, ids), of_mask(mask))
-
-
-def mean_of_all(logps, mask):
-    return -(logps * mask).sum() / mask.sum()
-
-
-def by_row(logps, mask):
-    return (logps * mask).sum(1)
-
-
-def from_completion_on(mask):
-    return (mask.cumsum(1) > 0).long()[:, 1:]
-
-
-def up_to_completion_end(mask):
-    return (mask.flip(1).cumsum(1).flip(1) > 0).long()[:, 1:]
-
-
-def without_last(mask):
-    rest = mask[:, 1:]
-    return rest * (rest.flip(1).cumsum(1).flip(1) > 1)
-
-
-def without_first(mask):
-    rest = mask[:, 1:]
-    return rest * (rest.cumsum(1) > 1)
-
-
-def unshifted(logits, ids):
-    return logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-
-
-def shifted_back(logits, ids):
-    return logits[:, 1:].log_softmax(-1).gather(-1, ids[:, :-1, None]).squeeze(-1)
-
-
-def raw_logits(logits, ids):
-    return logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-
-def overflowing(logits, ids):
-    weights = logits[:, :-1].exp()
-    return (weights / weights.sum(-1, keepdim=True)).gather(-1, ids[:, 1:, None]).squeeze(-1).log()
-
-
-def underflowing(logits, ids):
-    return logits[:, :-1].softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).log()
-
-
-def hidden_underflow(logits, ids):
-    return (logits[:, :-1].softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) + 1e-8).log()
-
-
-def over_positions(logits, ids):
-    return logits[:, :-1].log_softmax(1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-
-def greedy(logits, ids):
-    return logits[:, :-1].log_softmax(-1).amax(-1) + 0 * ids[:, 1:]
-
-
-def row_means(logps, mask):
-    return -(by_row(logps, mask) / mask.sum(1).clamp(min=1)).mean()
-
-
-def zero_ignored(logits, ids, mask):
-    targets = (ids * mask)[:, 1:].flatten()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=0)
-
-
-def zero_counted(logits, ids, mask):
-    targets = (ids * mask)[:, 1:].flatten()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
 
 
 def by_cross_entropy(logits, ids, mask):
@@ -268,92 +115,57 @@ def by_cross_entropy(logits, ids, mask):
 
 
 def sft_truth(logits, ids, mask):
-    return TokenByToken.apply(logits, ids, mask)
+    """Token by token, the largest logit taken out by hand."""
+    terms = []
+    for i, t in mask.nonzero().tolist():
+        before = logits[i, t - 1]
+        top = before.max().item()
+        terms.append((before - top).exp().sum().log() + top - before[ids[i, t]])
+    return sum(terms) / len(terms)
+
+
+def sft_loss(logits, ids, mask):
+    logps = logits[:, :-1].log_softmax(-1)
+    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return -(logps * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
 
 SFT = Exercise(
-    id="08.2",
-    title="The loss of SFT",
-    kind="implement",
-    truth=sft_truth,
-    cases=sft_cases,
-    wrong=(
-        Wrong("a mean of the rows' means", sft(row_means),
-              "In yours a token of a short completion weighs more than one of a long completion. How many tokens are there in all, and what is each one's share?"),
-        Wrong("a mean of the means of rows with a completion",
-              sft(lambda p, m: -((by_row(p, m) / m.sum(1).clamp(min=1)).sum() / (m.sum(1) > 0).sum())),
-              "In yours a token of a short completion weighs more than one of a long completion. How many tokens are there in all, and what is each one's share?"),
-        Wrong("rows without completion tokens divide 0 by 0", sft(lambda p, m: -(by_row(p, m) / m.sum(1)).mean()),
-              "You divide row by row, and one row has nothing to divide. Is a row what the mean is taken over?"),
-        Wrong("the sum", sft(lambda p, m: -by_row(p, m).sum()),
-              "A sum grows with the batch, and with it the gradient. The task asks for the loss per token."),
-        Wrong("a sum for each row, then the mean", sft(lambda p, m: -by_row(p, m).mean()),
-              "Whole log-probabilities are what DPO needs. SFT's loss is per token: by what do you have to divide?"),
-        Wrong("one loss for each row", sft(lambda p, m: -by_row(p, m)),
-              "The task asks for one number, the mean over all completion tokens of the batch."),
-        Wrong("a mean over all places", sft(lambda p, m: -(p * m).mean()),
-              "The places that do not count are 0 in your sum and still count in your mean."),
-        Wrong("prompt and padding counted", sft(lambda p, m: -p.mean()),
-              "The mask says which tokens are to be learned. Where do you use it?"),
-        Wrong("the prompt counted", sft(mean_of_all, of_mask=up_to_completion_end),
-              "The prompt is given, not written by the model: only tokens with mask 1 are to be learned."),
-        Wrong("what follows the completion counted", sft(mean_of_all, of_mask=from_completion_on),
-              "A model that learns its padding learns to write padding: only tokens with mask 1 count."),
-        Wrong("the last token dropped", sft(mean_of_all, of_mask=without_last),
-              "The completion's last token is often the one that ends it. What does a model do that has never learned to end?"),
-        Wrong("the first token dropped", sft(mean_of_all, of_mask=without_first),
-              "The completion's first token is predicted too: by the logits at the prompt's last token."),
-        Wrong("no shift", sft(mean_of_all, unshifted, lambda mask: mask),
-              "The logits at a place predict the token at the next place. With which logits is the token at place t compared?"),
-        Wrong("shifted the wrong way", sft(mean_of_all, shifted_back, lambda mask: mask[:, :-1]),
-              "The logits at a place predict what comes after them, not what came before."),
-        Wrong("the mask not shifted with its tokens", sft(mean_of_all, of_mask=lambda mask: mask[:, :-1]),
-              "After the shift, entry t of the log-probabilities belongs to token t + 1. Which entry of the mask does?"),
-        Wrong("logits taken for log-probabilities", sft(mean_of_all, raw_logits),
-              "Logits are not normalised: a model could lower this loss by raising all of them."),
-        Wrong("a softmax over the wrong dimension", sft(mean_of_all, over_positions),
-              "Between which alternatives does the model choose at a place? Over those the probabilities sum to 1."),
-        Wrong("probabilities without a logarithm", sft(mean_of_all, lambda z, ids: taken(z, ids).exp()),
-              "The likelihood of a text is a product. What makes a sum of it?"),
-        Wrong("exp overflows", sft(mean_of_all, overflowing),
-              "The exponential of 20,000 is infinite. There is a function that goes from logits to log-probabilities directly."),
-        Wrong("the logarithm of a softmax", sft(mean_of_all, underflowing),
-              "A probability can be 0 in float64 while its logarithm is a number. There is a function that goes from logits to log-probabilities directly."),
-        Wrong("a small number inside the logarithm", sft(mean_of_all, hidden_underflow),
-              "The small number caps the loss of the very tokens from which there is most to learn. Stay in logarithms."),
-        Wrong("the likeliest token's", sft(mean_of_all, greedy),
-              "SFT learns the tokens that the text has, not those that the model would have preferred."),
-        Wrong("the sign", sft(lambda p, m: -mean_of_all(p, m)),
-              "A loss is minimised, a likelihood maximised."),
-        Wrong("perplexity", sft(lambda p, m: mean_of_all(p, m).exp()),
-              "Perplexity is the exponential of this loss, good to report; the logarithm is what is trained on."),
-        Wrong("token 0 taken for padding", zero_ignored,
-              "Token 0 may stand in a completion. Use the mask to say what does not count, not the ids."),
-        Wrong("targets of 0 where nothing counts", zero_counted,
-              "An id of 0 is still a token to be predicted. How does one tell cross_entropy to leave a place out?"),
-        Wrong("cross_entropy on all places", lambda z, ids, m: torch.nn.functional.cross_entropy(z.flatten(0, 1), ids.flatten()),
-              "Two things are missing: the shift by one place, and the mask."),
-        Wrong("detached", sft(lambda p, m: mean_of_all(p.detach(), m)),
-              "The value is right, but nothing can be learned from it without a gradient."),
-        Wrong("single precision", sft(mean_of_all, lambda z, ids: taken(z.float(), ids).double()),
-              "Somewhere the numbers pass through float32 and lose half of their digits."),
-        Wrong("zero", lambda z, ids, m: 0 * z.sum(),
-              "The loss is 0 only for a model that is certain of every token, and right."),
-    ),
-    others=(
+    "08.2", "The loss of SFT", "implement", difficulty=3, importance=4, minutes=9,
+    truth=sft_truth, cases=sft_cases, tolerance=1e-9,
+    right=(
+        sft_loss,
         by_cross_entropy,
-        lambda z, ids, m: (z[:, :-1].logsumexp(-1) - raw_logits(z, ids))[m[:, 1:].bool()].mean(),
-        lambda z, ids, m: sum(
-            -z[i, t - 1].log_softmax(0)[ids[i, t]] for i, t in m.nonzero().tolist()
-        ) / int(m.sum()),
+        lambda z, ids, m: (z[:, :-1].logsumexp(-1) - z[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1))[m[:, 1:].bool()].mean(),
+        lambda z, ids, m: sum(-z[i, t - 1].log_softmax(0)[ids[i, t]] for i, t in m.nonzero().tolist()) / int(m.sum()),
     ),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=4,
-    minutes=9,
+    wrong=(
+        Wrong("a mean of the rows' means", "-(logps * mask[:, 1:]).sum() / mask[:, 1:].sum() -> -((logps * mask[:, 1:]).sum(1) / mask.sum(1).clamp(min=1)).mean()",
+              "In yours a token of a short completion weighs more than one of a long completion. How many tokens are there in all, and what is each one's share?"),
+        Wrong("a mean of the means of rows with a completion", "-(logps * mask[:, 1:]).sum() / mask[:, 1:].sum() -> -(((logps * mask[:, 1:]).sum(1) / mask.sum(1).clamp(min=1)).sum() / (mask.sum(1) > 0).sum())",
+              "In yours a token of a short completion weighs more than one of a long completion. How many tokens are there in all, and what is each one's share?"),
+        Wrong("rows without completion tokens divide 0 by 0", "-(logps * mask[:, 1:]).sum() / mask[:, 1:].sum() -> -((logps * mask[:, 1:]).sum(1) / mask.sum(1)).mean()", "You divide row by row, and one row has nothing to divide. Is a row what the mean is taken over?"),
+        Wrong("the sum", "/ mask[:, 1:].sum() -> ", "A sum grows with the batch, and with it the gradient. The task asks for the loss per token."),
+        Wrong("a sum for each row, then the mean", "(logps * mask[:, 1:]).sum() / mask[:, 1:].sum() -> (logps * mask[:, 1:]).sum(1).mean()", "Whole log-probabilities are what DPO needs. SFT's loss is per token: by what do you have to divide?"),
+        Wrong("one loss for each row", "(logps * mask[:, 1:]).sum() / mask[:, 1:].sum() -> (logps * mask[:, 1:]).sum(1)", "The task asks for one number, the mean over all completion tokens of the batch."),
+        Wrong("a mean over all places", "(logps * mask[:, 1:]).sum() / mask[:, 1:].sum() -> (logps * mask[:, 1:]).mean()", "The places that do not count are 0 in your sum and still count in your mean."),
+        Wrong("the last token dropped", "mask = mask * (mask.flip(1).cumsum(1).flip(1) > 1)", "The completion's last token is often the one that ends it. What does a model do that has never learned to end?"),
+        Wrong("the first token dropped", "mask = mask * (mask.cumsum(1) > 1)", "The completion's first token is predicted too: by the logits at the prompt's last token."),
+        Wrong("no shift", "logits[:, :-1] -> logits | ids[:, 1:, None] -> ids[:, :, None] | mask[:, 1:] -> mask", "The logits at a place predict the token at the next place. With which logits is the token at place t compared?"),
+        Wrong("shifted the wrong way", "logits[:, :-1] -> logits[:, 1:] | ids[:, 1:, None] -> ids[:, :-1, None] | mask[:, 1:] -> mask[:, :-1]", "The logits at a place predict what comes after them, not what came before."),
+        Wrong("logits taken for log-probabilities", ".log_softmax(-1) -> ", "Logits are not normalised: a model could lower this loss by raising all of them."),
+        Wrong("a softmax over the wrong dimension", "log_softmax(-1) -> log_softmax(1)", "Between which alternatives does the model choose at a place? Over those the probabilities sum to 1."),
+        Wrong("probabilities without a logarithm", "log_softmax(-1) -> softmax(-1)", "The likelihood of a text is a product. What makes a sum of it?"),
+        Wrong("exp overflows", "logits[:, :-1].log_softmax(-1) -> (logits[:, :-1].exp() / logits[:, :-1].exp().sum(-1, keepdim=True)).log()", "The exponential of 20,000 is infinite. There is a function that goes from logits to log-probabilities directly."),
+        Wrong("the logarithm of a softmax", ".log_softmax(-1) -> .softmax(-1).log()", "A probability can be 0 in float64 while its logarithm is a number. There is a function that goes from logits to log-probabilities directly."),
+        Wrong("a small number inside the logarithm", ".log_softmax(-1) -> .softmax(-1).add(1e-8).log()", "The small number caps the loss of the very tokens from which there is most to learn. Stay in logarithms."),
+        Wrong("the likeliest token's", "logps.gather(-1, ids[:, 1:, None]).squeeze(-1) -> logps.amax(-1)", "SFT learns the tokens that the text has, not those that the model would have preferred."),
+        Wrong("token 0 taken for padding", "result = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), (ids * mask)[:, 1:].flatten(), ignore_index=0)", "Token 0 may stand in a completion. Use the mask to say what does not count, not the ids."),
+        Wrong("targets of 0 where nothing counts", "result = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), (ids * mask)[:, 1:].flatten())", "An id of 0 is still a token to be predicted. How does one tell cross_entropy to leave a place out?"),
+        Wrong("cross_entropy on all places", "result = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())", "Two things are missing: the shift by one place, and the mask."),
+    ),
 )  # fmt: skip
 
-# --- 08.3 what fits into memory ---
 
 GIB = 2**30
 
@@ -373,20 +185,21 @@ def fitting_cases(generator):
 
     return [
         case(6, 10, 4.5),  # 3
+        Edge("the memory is just full", case(60, 30, 30)),
         case(60, 30, 30.01),
         case(60, 25, 29.99),  # 20
         case(64, 20, 16.005),
         case(64, 12, 15.995),  # 8
-        case(37, 30, 30.5),  # a prime number: 1
+        Edge("a prime number", case(37, 30, 30.5)),
         case(24, 20, 0.99),  # not one
         case(24, 16, 1.01),
         case(24, 10, 24.01),
-        case(24, 20, 90.5),  # more than there are
+        Edge("more than there are", case(24, 20, 90.5)),
         case(120, 32, 48.5),
         case(120, 20, 39.3),
         case(90, 8, 50.5),
         case(120, 30, 0.3),
-        case(120, 32, -4.5),  # not even the weights and what belongs to them
+        Edge("not even the weights and what belongs to them", case(120, 32, -4.5)),
         case(120, 32, -11.5),
         case(120, 32, -26.5),
         case(120, 1, 4.5),
@@ -409,105 +222,44 @@ def fitting_truth(memory, parameters, length, vocabulary, batch):
     return max((n for n in sizes if bytes_needed(n, parameters, length, vocabulary) <= have), default=0)  # fmt: skip
 
 
-def room(
-    memory, parameters, length, vocabulary, weights=16, sequences=2, copies=3, size=4, gib=GIB
-):
-    """How many pairs fit, by bytes per parameter and per pair."""
-    return int((memory * gib - weights * parameters) // (sequences * length * vocabulary * size * copies))  # fmt: skip
-
-
-def largest(room, batch):
-    return max((n for n in range(1, batch + 1) if batch % n == 0 and n <= room), default=0)
-
-
-def fitting(**counts):
-    return lambda memory, p, t, v, batch: largest(room(memory, p, t, v, **counts), batch)
-
-
-def halved(memory, p, t, v, batch):
-    fits, n = room(memory, p, t, v), batch
-    while n > fits and n > 1:
-        n = -(-n // 2)
-    return n if n <= fits else 0
-
-
-def power_of_two(memory, p, t, v, batch):
-    fits = min(batch, room(memory, p, t, v))
-    return 2 ** int(math.log2(fits)) if fits > 0 else 0
+def pairs_at_once(memory, parameters, length, vocabulary, batch):
+    room = memory * 2**30 - 4 * 4 * parameters
+    pair = 2 * length * vocabulary * 3 * 4
+    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * pair <= room]
+    return max(fitting, default=0)
 
 
 FITTING = Exercise(
-    id="08.3",
-    title="How many pairs at once?",
-    kind="design",
-    truth=fitting_truth,
-    cases=fitting_cases,
-    wrong=(
-        Wrong("Adam's two averages forgotten", fitting(weights=8),
-              "Weight and gradient are two numbers. What does Adam remember of every parameter, from one step to the next?"),
-        Wrong("one average of Adam forgotten", fitting(weights=12),
-              "Adam keeps an average of the gradient and one of its square."),
-        Wrong("only the weights", fitting(weights=4),
-              "That is enough to read a text. What else is there for each parameter while it is trained?"),
-        Wrong("the weights forgotten", fitting(weights=0),
-              "Some of the memory is taken before the first pair is read."),
-        Wrong("a second model counted", fitting(weights=20),
-              "The reference's log-probabilities were computed before the first step: its weights are gone."),
-        Wrong("a second model counted as if it were trained", fitting(weights=32),
-              "The reference is not trained, and its log-probabilities were computed before the first step: it needs no memory now."),
-        Wrong("one sequence for a pair", fitting(sequences=1),
-              "A pair has a chosen completion and a rejected one, and the model reads both."),
-        Wrong("four sequences for a pair", fitting(sequences=4),
-              "The reference's two log-probabilities are numbers by now: its logits are not needed again."),
-        Wrong("one copy of the logits", fitting(copies=1),
-              "Beside the logits their log-softmax is kept for the backward pass. And what does that pass produce?"),
-        Wrong("two copies of the logits", fitting(copies=2),
-              "The backward pass needs room as well: the gradient of the logits is as large as they are."),
-        Wrong("numbers of two bytes", fitting(weights=8, size=2),
-              "Everything here is float32. How many bits, and how many bytes, does such a number have?"),
-        Wrong("eight bytes a number", fitting(weights=32, size=8),
-              "That is float64. How many bytes does a float32 number have?"),
-        Wrong("numbers, not bytes", fitting(weights=4, size=1),
-              "You have counted numbers. How many bytes does one take?"),
-        Wrong("a gigabyte of 10^9 bytes", fitting(gib=10**9),
-              "A GiB is 2^30 bytes, seven percent more."),
-        Wrong("the vocabulary forgotten", lambda m, p, t, v, b: largest(room(m, p, t, 1), b),
-              "At each token the model returns a logit for every token that might come next."),
-        Wrong("the length forgotten", lambda m, p, t, v, b: largest(room(m, p, 1, v), b),
-              "The model returns logits at each token of a sequence, not one set for all."),
-        Wrong("not a divisor of the batch", lambda m, p, t, v, b: max(0, min(b, room(m, p, t, v))),
-              "That many fit, but the batch has to be cut into equal parts without a rest."),
-        Wrong("more than the batch has", lambda m, p, t, v, b: next((n for n in range(room(m, p, t, v), 0, -1) if b % n == 0 or n > b), 0),
-              "No micro-batch can have more pairs than the whole batch."),
-        Wrong("rounded up", lambda m, p, t, v, b: largest(room(m, p, t, v) + 1, b),
-              "A pair that fits in part does not fit."),
-        Wrong("to the nearest", lambda m, p, t, v, b: largest(round((m * GIB - 16 * p) / (24 * t * v)), b),
-              "A pair that fits in part does not fit."),
-        Wrong("strictly fewer than fit", lambda m, p, t, v, b: largest(room(m, p, t, v) - 1, b),
-              "You may use the memory up: which is the largest number that still fits?"),
-        Wrong("at least one", lambda m, p, t, v, b: max(1, largest(room(m, p, t, v), b)),
-              "Where not even one pair fits, one pair is a crash in the first step. The task asks for 0 there."),
-        Wrong("a power of two", power_of_two,
-              "Powers of two are a habit. Which numbers divide a batch of 60 without a rest?"),
-        Wrong("the batch halved until it fits", halved,
-              "Between a batch and its half there may be no divisor, but below the half there are others: 60 is three times 20."),
-        Wrong("the number of micro-batches", lambda m, p, t, v, b: b // largest(room(m, p, t, v), b) if largest(room(m, p, t, v), b) else 0,
-              "That is how many micro-batches a step has. How many pairs are in each?"),
-        Wrong("the smallest divisor", lambda m, p, t, v, b: 1 if room(m, p, t, v) else 0,
-              "One pair at a time always works, and leaves most of the memory idle."),
-        Wrong("the whole batch", lambda m, p, t, v, b: b,
-              "That is the fastest, if it fits. How many bytes does a pair take, and how many are free?"),
-    ),
-    others=(
+    "08.3", "How many pairs at once?", "design", difficulty=2, importance=3, minutes=9,
+    truth=fitting_truth, cases=fitting_cases,
+    right=(
+        pairs_at_once,
         lambda m, p, t, v, b: next((b // k for k in range(1, b + 1) if b % k == 0 and 16 * p + 24 * (b // k) * t * v <= m * GIB), 0),
         lambda m, p, t, v, b: max(n * (b % n == 0 and n <= (m - 16 * p / GIB) / (24 * t * v / GIB)) for n in range(1, b + 1)),
     ),
-    difficulty=2,
-    importance=3,
-    minutes=9,
+    wrong=(
+        Wrong("one average of Adam forgotten", "4 * 4 * parameters -> 4 * 3 * parameters", "Adam keeps an average of the gradient and one of its square."),
+        Wrong("only the weights", "4 * 4 * parameters -> 4 * parameters", "That is enough to read a text. What else is there for each parameter while it is trained?"),
+        Wrong("the weights forgotten", "parameters = 0", "Some of the memory is taken before the first pair is read."),
+        Wrong("a second model counted", "4 * 4 * parameters -> 4 * 5 * parameters", "The reference's log-probabilities were computed before the first step: its weights are gone."),
+        Wrong("one copy of the logits", "vocabulary * 3 * 4 -> vocabulary * 4", "Beside the logits their log-softmax is kept for the backward pass. And what does that pass produce?"),
+        Wrong("two copies of the logits", "vocabulary * 3 * 4 -> vocabulary * 2 * 4", "The backward pass needs room as well: the gradient of the logits is as large as they are."),
+        Wrong("numbers, not bytes", "4 * 4 * parameters -> 4 * parameters | vocabulary * 3 * 4 -> vocabulary * 3", "You have counted numbers. How many bytes does one take?"),
+        Wrong("the vocabulary forgotten", "vocabulary = 1", "At each token the model returns a logit for every token that might come next."),
+        Wrong("the length forgotten", "length = 1", "The model returns logits at each token of a sequence, not one set for all."),
+        Wrong("not a divisor of the batch", "batch % n == 0 and  -> ", "That many fit, but the batch has to be cut into equal parts without a rest."),
+        Wrong("more than the batch has", "range(1, batch + 1) -> range(1, 10 * batch) | batch % n == 0 and -> (batch % n == 0 or n > batch) and", "No micro-batch can have more pairs than the whole batch."),
+        Wrong("rounded up", "n * pair <= room -> (n - 1) * pair <= room", "A pair that fits in part does not fit."),
+        Wrong("strictly fewer than fit", "n * pair <= room -> (n + 1) * pair <= room", "You may use the memory up: which is the largest number that still fits?"),
+        Wrong("at least one", "default=0 -> default=1", "Where not even one pair fits, one pair is a crash in the first step. The task asks for 0 there."),
+        Wrong("a power of two", "return max(fitting, default=0) -> return 2 ** int(math.log2(min(batch, room // pair))) if room >= pair else 0", "Powers of two are a habit. Which numbers divide a batch of 60 without a rest?"),
+        Wrong("the batch halved until it fits", "return max(fitting, default=0) -> while batch * pair > room and batch > 1:\n        batch = -(-batch // 2)\n    return batch if batch * pair <= room else 0",
+              "Between a batch and its half there may be no divisor, but below the half there are others: 60 is three times 20."),
+        Wrong("the number of micro-batches", "result = batch // result if result else 0", "That is how many micro-batches a step has. How many pairs are in each?"),
+        Wrong("the smallest divisor", "max(fitting -> min(fitting", "One pair at a time always works, and leaves most of the memory idle."),
+        Wrong("the whole batch", "result = batch", "That is the fastest, if it fits. How many bytes does a pair take, and how many are free?"),
+    ),
 )  # fmt: skip
-
-# --- 08.4 the frontier of runs ---
 
 
 def frontier_cases(generator):
@@ -542,6 +294,7 @@ def frontier_cases(generator):
         start,
         ([kl + 5 for kl in logits[0]], [-r for r in logits[1]]),  # rewards below 0
         ([c], [0.5]),
+        Edge("two runs differ by a hair", ([b, a, a, b + 1e-12, c, c], [0.7, 0.5 - 1e-12, 0.5, 0.7, 0.9, 0.9 + 1e-12])),
     ]
 
 
@@ -554,33 +307,6 @@ def frontier_truth(kls, rewards):
 
     free = [i for i, point in enumerate(points) if not any(beats(p, point) for p in points)]
     return sorted(free, key=lambda i: points[i][0])
-
-
-def kept_while_rising(kls, rewards):
-    """One pass in the order of KL, points of equal KL in the order of the list."""
-    kept, best = [], -math.inf
-    for i in sorted(range(len(kls)), key=lambda i: kls[i]):
-        if rewards[i] > best:
-            kept, best = [*kept, i], rewards[i]
-    return kept
-
-
-def unbeaten(beats, key=None):
-    """An answer from a rule, (kl, reward, other kl, other reward) -> the first beats the other."""
-
-    def answer(kls, rewards):
-        n = range(len(kls))
-        free = [
-            i for i in n
-            if not any(j != i and beats(kls[j], rewards[j], kls[i], rewards[i]) for j in n)
-        ]  # fmt: skip
-        return sorted(free, key=key(kls, rewards) if key else lambda i: kls[i])
-
-    return answer
-
-
-def beats(k, r, other_k, other_r):
-    return k <= other_k and r >= other_r and (k < other_k or r > other_r)
 
 
 def scan(order, better):
@@ -616,11 +342,6 @@ def hull(kls, rewards):
     return kept
 
 
-def places_when_sorted(kls, rewards):
-    order = sorted(range(len(kls)), key=lambda i: kls[i])
-    return [order.index(i) for i in frontier_truth(kls, rewards)]
-
-
 def above_neighbour(kls, rewards):
     order = sorted(range(len(kls)), key=lambda i: (kls[i], -rewards[i]))
     return [i for before, i in zip([None, *order], order) if before is None or rewards[i] > rewards[before]]  # fmt: skip
@@ -634,75 +355,47 @@ def by_tensors(kls, rewards):
     return order[~beaten[order]].tolist()
 
 
-def argbest(score):
-    return lambda kls, rewards: [max(range(len(kls)), key=lambda i: score(kls[i], rewards[i]))]
+def frontier(kls, rewards):
+    n = range(len(kls))
+
+    def beats(j, i):
+        return kls[j] <= kls[i] and rewards[j] >= rewards[i] and (kls[j] < kls[i] or rewards[j] > rewards[i])
+
+    free = [i for i in n if not any(beats(j, i) for j in n)]
+    return sorted(free, key=lambda i: kls[i])
 
 
 FRONTIER = Exercise(
-    id="08.4",
-    title="Which runs are on the frontier?",
-    kind="implement",
-    truth=frontier_truth,
-    cases=frontier_cases,
+    "08.4", "Which runs are on the frontier?", "implement", difficulty=2, importance=4, minutes=9,
+    truth=frontier_truth, cases=frontier_cases,
+    right=(frontier, running_best, by_tensors,),
     wrong=(
-        Wrong("sorted by KL alone, then kept while the reward rises", kept_while_rising,
-              "At equal KL your loop may meet the poorer point first and keep it. How must ties in KL be ordered?"),
-        Wrong("more KL counted as better", unbeaten(lambda k, r, ok, orr: beats(-k, r, -ok, orr)),
-              "KL is what reward is paid with. Of two runs with the same reward, which one do you want?"),
-        Wrong("less reward counted as better", unbeaten(lambda k, r, ok, orr: beats(k, -r, ok, -orr)),
-              "A run is better for a higher reward and for a smaller KL, one up and one down."),
-        Wrong("both the wrong way round", unbeaten(lambda k, r, ok, orr: beats(-k, -r, -ok, -orr)),
-              "You have kept what nobody wants: little reward for much KL."),
-        Wrong("beaten only if worse in both", unbeaten(lambda k, r, ok, orr: k < ok and r > orr),
+        Wrong("sorted by KL alone, then kept while the reward rises", scan(lambda k, r: k, lambda r, best: r > best), "At equal KL your loop may meet the poorer point first and keep it. How must ties in KL be ordered?"),
+        Wrong("more KL counted as better", "kls[j] <= kls[i] -> kls[j] >= kls[i] | kls[j] < kls[i] -> kls[j] > kls[i]", "KL is what reward is paid with. Of two runs with the same reward, which one do you want?"),
+        Wrong("less reward counted as better", "rewards[j] >= rewards[i] -> rewards[j] <= rewards[i] | rewards[j] > rewards[i] -> rewards[j] < rewards[i]", "A run is better for a higher reward and for a smaller KL, one up and one down."),
+        Wrong("beaten only if worse in both", "kls[j] <= kls[i] and rewards[j] >= rewards[i] and (kls[j] < kls[i] or rewards[j] > rewards[i]) -> kls[j] < kls[i] and rewards[j] > rewards[i]",
               "A run with the same reward as another but more KL is beaten too: being worse in one is enough if the other is equal."),
-        Wrong("the same reward for more KL is kept", scan(lambda k, r: (k, -r), lambda r, best: r >= best),
+        Wrong("the same reward for more KL is kept", "kls[j] <= kls[i] and rewards[j] >= rewards[i] and (kls[j] < kls[i] or rewards[j] > rewards[i]) -> kls[j] <= kls[i] and rewards[j] > rewards[i]",
               "A run that pays more KL for the same reward is beaten. Does yours tell it from one that has more reward?"),
-        Wrong("less reward for the same KL is kept", unbeaten(lambda k, r, ok, orr: k < ok and r >= orr),
-              "Two runs with the same KL: does the better one beat the other in yours?"),
-        Wrong("the same KL in the wrong order", scan(lambda k, r: (k, r), lambda r, best: r > best),
-              "Of two runs with the same KL you look at the worse one first, and it is still ahead of all before it. Which of them has to come first?"),
-        Wrong("two equal points beat each other", unbeaten(lambda k, r, ok, orr: k <= ok and r >= orr),
+        Wrong("less reward for the same KL is kept", "kls[j] <= kls[i] and rewards[j] >= rewards[i] and (kls[j] < kls[i] or rewards[j] > rewards[i]) -> kls[j] < kls[i] and rewards[j] >= rewards[i]", "Two runs with the same KL: does the better one beat the other in yours?"),
+        Wrong("the same KL in the wrong order", scan(lambda k, r: (k, r), lambda r, best: r > best), "Of two runs with the same KL you look at the worse one first, and it is still ahead of all before it. Which of them has to come first?"),
+        Wrong("two equal points beat each other", "kls[j] <= kls[i] and rewards[j] >= rewards[i] and (kls[j] < kls[i] or rewards[j] > rewards[i]) -> j != i and kls[j] <= kls[i] and rewards[j] >= rewards[i]",
               "Two runs at the very same point: is one of them better in anything? Look at your two comparisons, and at what is asked for besides."),
-        Wrong("only one of two equal points", scan(lambda k, r: (k, -r), lambda r, best: r > best),
-              "Two runs at the very same point do not beat each other, so both are on the frontier or neither is."),
-        Wrong("in the order of the lists", unbeaten(beats, key=lambda kls, rewards: lambda i: i),
-              "These are the right runs. In which order are they asked for?"),
-        Wrong("the largest KL first", unbeaten(beats, key=lambda kls, rewards: lambda i: -kls[i]),
-              "These are the right runs. In which order are they asked for?"),
-        Wrong("the KLs, not the places", lambda kls, rewards: [kls[i] for i in frontier_truth(kls, rewards)],
-              "These are the right runs, but the task asks where in the lists they stand."),
-        Wrong("the points, not the places", lambda kls, rewards: [(kls[i], rewards[i]) for i in frontier_truth(kls, rewards)],
-              "These are the right runs, but the task asks where in the lists they stand."),
-        Wrong("places in the sorted list", places_when_sorted,
-              "Your numbers count from the smallest KL on. The place of a run is the one that it has in the lists that you were given."),
-        Wrong("places counted from 1", lambda kls, rewards: [i + 1 for i in frontier_truth(kls, rewards)],
-              "Python's lists begin at 0."),
-        Wrong("compared with the neighbour only", above_neighbour,
-              "A run can be ahead of the one before it and still behind an earlier one. With whom does it have to be compared?"),
-        Wrong("only the corners of a curve that bends down", hull,
-              "The frontier of finitely many runs may bend either way. Is there a run that beats the one that you dropped, or only a line between two runs?"),
-        Wrong("only the highest reward", argbest(lambda k, r: r),
-              "That run is on the frontier. But is a run with less reward and far less KL beaten by it?"),
-        Wrong("only the smallest KL", argbest(lambda k, r: -k),
-              "That run is on the frontier. But is a run with more KL and far more reward beaten by it?"),
-        Wrong("only the most reward per nat", argbest(lambda k, r: r / max(k, 1e-9)),
-              "There is no one exchange rate between reward and nats: that is what beta would be. Which runs would nobody want, at any rate?"),
-        Wrong("only the best J", argbest(lambda k, r: r - 0.1 * k),
-              "For one price of KL one run is best. The frontier is to serve all prices."),
-        Wrong("every run", lambda kls, rewards: sorted(range(len(kls)), key=lambda i: kls[i]),
-              "Some runs are beaten: another one has at least as much reward for no more KL."),
-        Wrong("the beaten ones", lambda kls, rewards: [i for i in sorted(range(len(kls)), key=lambda i: kls[i]) if i not in frontier_truth(kls, rewards)],
-              "These are the others."),
-        Wrong("none", lambda kls, rewards: [],
-              "The run with the smallest KL, for one: can anybody beat it who has more KL?"),
+        Wrong("only one of two equal points", scan(lambda k, r: (k, -r), lambda r, best: r > best), "Two runs at the very same point do not beat each other, so both are on the frontier or neither is."),
+        Wrong("the largest KL first", "key=lambda i: kls[i] -> key=lambda i: -kls[i]", "These are the right runs. In which order are they asked for?"),
+        Wrong("the KLs, not the places", "result = [kls[i] for i in result]", "These are the right runs, but the task asks where in the lists they stand."),
+        Wrong("the points, not the places", "result = [(kls[i], rewards[i]) for i in result]", "These are the right runs, but the task asks where in the lists they stand."),
+        Wrong("places in the sorted list", "order = sorted(range(len(kls)), key=lambda i: kls[i]); result = [order.index(i) for i in result]", "Your numbers count from the smallest KL on. The place of a run is the one that it has in the lists that you were given."),
+        Wrong("compared with the neighbour only", above_neighbour, "A run can be ahead of the one before it and still behind an earlier one. With whom does it have to be compared?"),
+        Wrong("only the corners of a curve that bends down", hull, "The frontier of finitely many runs may bend either way. Is there a run that beats the one that you dropped, or only a line between two runs?"),
+        Wrong("only the highest reward", "result = [max(range(len(kls)), key=lambda i: rewards[i])]", "That run is on the frontier. But is a run with less reward and far less KL beaten by it?"),
+        Wrong("only the smallest KL", "result = [min(range(len(kls)), key=lambda i: kls[i])]", "That run is on the frontier. But is a run with more KL and far more reward beaten by it?"),
+        Wrong("only the most reward per nat", "result = [max(range(len(kls)), key=lambda i: rewards[i] / max(kls[i], 1e-9))]", "There is no one exchange rate between reward and nats: that is what beta would be. Which runs would nobody want, at any rate?"),
+        Wrong("only the best J", "result = [max(range(len(kls)), key=lambda i: rewards[i] - 0.1 * kls[i])]", "For one price of KL one run is best. The frontier is to serve all prices."),
+        Wrong("every run", "result = sorted(range(len(kls)), key=lambda i: kls[i])", "Some runs are beaten: another one has at least as much reward for no more KL."),
+        Wrong("the beaten ones", "result = [i for i in sorted(range(len(kls)), key=lambda i: kls[i]) if i not in result]", "These are the others."),
     ),
-    others=(unbeaten(beats), running_best, by_tensors),
-    difficulty=2,
-    importance=4,
-    minutes=9,
 )  # fmt: skip
-
-# --- 08.5 predict the sweep ---
 
 
 @cache
@@ -807,42 +500,23 @@ def sweep_truth():
 
 
 SWEEP = Exercise(
-    id="08.5",
-    title="Predict the sweep",
-    kind="predict",
-    truth=sweep_truth,
-    cases=lambda generator: [()],
+    "08.5", "Predict the sweep", "predict", difficulty=3, importance=5, minutes=7,
+    truth=sweep_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("a first loss that grows with beta", lambda: {"first loss": "larger"},
-              "Before the first step the policy is the reference. What is every margin then, and beta times that?"),
-        Wrong("a first loss that shrinks with beta", lambda: {"first loss": "smaller"},
-              "Before the first step the policy is the reference. What is every margin then, and beta times that?"),
-        Wrong("a large beta as a large first step", lambda: {"first step": "larger"},
-              "The first gradient is indeed fifty times as large. What does AdamW do with the size of a gradient?"),
-        Wrong("a large beta as a short first step", lambda: {"first step": "smaller"},
-              "At margin 0 beta only scales the gradient: no pair is settled yet. What does AdamW do with the size of a gradient?"),
-        Wrong("a large beta as a long leash", lambda: {"KL": "larger"},
-              "Beta is the price of a nat: a pair with a large beta is settled by a small margin, and then lets go."),
-        Wrong("the same steps, so the same way", lambda: {"KL": "same"},
-              "The first steps are alike. But when do the pairs let go, at beta 5 and at beta 0.1?"),
-        Wrong("a large beta as a weight on the reward", lambda: {"reward": "larger"},
-              "In J beta stands before the KL, not before the reward. What happens to the reward when KL becomes dear?"),
-        Wrong("a reward that does not depend on beta", lambda: {"reward": "same"},
-              "Can a policy that stays near the reference write as many positive reviews as one that has moved?"),
-        Wrong("a judge who likes it close to the reference", lambda: {"judge": "larger"},
-              "The second judge mostly agrees with the reward. What does it think of a policy that has hardly changed?"),
-        Wrong("a judge whom nothing impresses", lambda: {"judge": "same"},
-              "The second judge labelled nothing, but it mostly agrees with the reward: does the reward change?"),
-        Wrong("a nat as dear everywhere", lambda: {"gain per nat": "same"},
-              "That would be a frontier that is a straight line. Which shape has it?"),
-        Wrong("a frontier that grows steeper", lambda: {"gain per nat": "smaller"},
-              "Which changes does a policy make first that may spend few nats: those that bring much for a nat, or those that bring little?"),
-        Wrong("the same beta as the same price", lambda: {"compare at equal": "beta"},
-              "In units of a reward twice as large, the same beta is half the price: the second method would go further and seem to be the better one."),
+        Wrong("a first loss that grows with beta", {"first loss": "larger"}, "Before the first step the policy is the reference. What is every margin then, and beta times that?"),
+        Wrong("a first loss that shrinks with beta", {"first loss": "smaller"}, "Before the first step the policy is the reference. What is every margin then, and beta times that?"),
+        Wrong("a large beta as a large first step", {"first step": "larger"}, "The first gradient is indeed fifty times as large. What does AdamW do with the size of a gradient?"),
+        Wrong("a large beta as a short first step", {"first step": "smaller"}, "At margin 0 beta only scales the gradient: no pair is settled yet. What does AdamW do with the size of a gradient?"),
+        Wrong("a large beta as a long leash", {"KL": "larger"}, "Beta is the price of a nat: a pair with a large beta is settled by a small margin, and then lets go."),
+        Wrong("the same steps, so the same way", {"KL": "same"}, "The first steps are alike. But when do the pairs let go, at beta 5 and at beta 0.1?"),
+        Wrong("a large beta as a weight on the reward", {"reward": "larger"}, "In J beta stands before the KL, not before the reward. What happens to the reward when KL becomes dear?"),
+        Wrong("a reward that does not depend on beta", {"reward": "same"}, "Can a policy that stays near the reference write as many positive reviews as one that has moved?"),
+        Wrong("a judge who likes it close to the reference", {"judge": "larger"}, "The second judge mostly agrees with the reward. What does it think of a policy that has hardly changed?"),
+        Wrong("a judge whom nothing impresses", {"judge": "same"}, "The second judge labelled nothing, but it mostly agrees with the reward: does the reward change?"),
+        Wrong("a nat as dear everywhere", {"gain per nat": "same"}, "That would be a frontier that is a straight line. Which shape has it?"),
+        Wrong("a frontier that grows steeper", {"gain per nat": "smaller"}, "Which changes does a policy make first that may spend few nats: those that bring much for a nat, or those that bring little?"),
+        Wrong("the same beta as the same price", {"compare at equal": "beta"}, "In units of a reward twice as large, the same beta is half the price: the second method would go further and seem to be the better one."),
     ),
-    difficulty=3,
-    importance=5,
-    minutes=7,
 )  # fmt: skip
 
 EXERCISES = (RATE, SFT, FITTING, FRONTIER, SWEEP)

@@ -5,9 +5,7 @@ from functools import cache
 
 import torch
 
-from dpo_mini.course.checks.engine import Exercise, Wrong
-
-# --- 10.1 REINFORCE, each sample with the others as its baseline ---
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 
 def reinforce_cases(generator):
@@ -21,63 +19,16 @@ def reinforce_cases(generator):
     return [case(1, 2, 0.5), case(2, 3, 0.1), case(4, 5, 1.3), case(3, 2, 0.05)]
 
 
-class SampleBySample(torch.autograd.Function):
-    """Python numbers: each baseline is summed from the others' returns, the gradient written out."""
-
-    @staticmethod
-    def forward(ctx, logps, scores, reference_logps, beta):
-        policy, reference = logps.tolist(), reference_logps.tolist()
-        total, slopes, n = 0.0, [], logps.numel()
-        for i, row in enumerate(scores.tolist()):
-            returns = [s - beta * (policy[i][j] - reference[i][j]) for j, s in enumerate(row)]
-            slopes.append([])
-            for j, mine in enumerate(returns):
-                others = [r for k, r in enumerate(returns) if k != j]
-                advantage = mine - math.fsum(others) / len(others)
-                total -= advantage * policy[i][j] / n
-                slopes[-1].append(-advantage / n)
-        ctx.save_for_backward(logps.new_tensor(slopes))
-        return logps.new_tensor(total)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0], None, None, None
-
-
 def reinforce_truth(scores, logps, reference_logps, beta):
-    return SampleBySample.apply(logps, scores, reference_logps, beta)
-
-
-def left_out(returns, dim=1):
-    """Each return minus the mean of the others along a dimension."""
-    n = returns.shape[dim]
-    return (returns * n - returns.sum(dim, keepdim=True)) / (n - 1)
-
-
-def reinforced(advantage=left_out, returns=None, of=None, read=None):
-    """An answer from its parts: returns, advantages of them, and what they weigh."""
-    returns = returns or (lambda s, p, q, b: s - b * (p - q))
-    of = of or (lambda p: p)
-    read = read or (lambda terms: -terms.mean())
-
-    def answer(scores, logps, reference_logps, beta):
-        each = returns(scores, logps.detach(), reference_logps, beta)
-        return read(advantage(each) * of(logps))
-
-    return answer
-
-
-def all_attached(s, p, q, b):
-    return -(left_out(s - b * (p - q)) * p).mean()
-
-
-def baseline_detached(s, p, q, b):
-    returns = s - b * (p - q)
-    return -((left_out(returns).detach() - returns.detach() + returns) * p).mean()
-
-
-def penalty_without_baseline(s, p, q, b):
-    return -((left_out(s) - b * (p - q).detach()) * p).mean()
+    """Sample by sample, each baseline summed from the others' returns."""
+    terms = []
+    for i, row in enumerate(scores.tolist()):
+        ratios = (logps[i] - reference_logps[i]).tolist()
+        returns = [score - beta * ratio for score, ratio in zip(row, ratios)]
+        for j, mine in enumerate(returns):
+            others = returns[:j] + returns[j + 1 :]
+            terms.append((math.fsum(others) / len(others) - mine) * logps[i, j])
+    return sum(terms) / len(terms)
 
 
 def reinforce_by_masks(s, p, q, b):
@@ -96,68 +47,35 @@ def reinforce_by_pairs(s, p, q, b):
     return -products.sum() / (2 * (n - 1) * p.numel())
 
 
-REINFORCE = Exercise(
-    id="10.1",
-    title="REINFORCE, each the other's baseline",
-    kind="implement",
-    truth=reinforce_truth,
-    cases=reinforce_cases,
-    wrong=(
-        Wrong("the return is not detached", all_attached,
-              "The return is a number that was earned, log pi inside it too: in REINFORCE the gradient passes only through the log-probability that it weighs."),
-        Wrong("only the baseline is detached", baseline_detached,
-              "The penalty in a sample's own return contains log pi as well. Which parts of the product are constants?"),
-        Wrong("no baseline", reinforced(lambda r: r),
-              "The mean of the gradient is right, but its scatter is large wherever all rewards of a prompt are high: what did the prompt's other samples earn?"),
-        Wrong("the sample is in its own baseline", reinforced(lambda r: r - r.mean(1, keepdim=True)),
-              "A baseline that contains the sample's own return takes a part of it away: leave it out of the mean."),
-        Wrong("n and n - 1 exchanged", reinforced(lambda r: left_out(r) * ((r.shape[1] - 1) / r.shape[1]) ** 2),
-              "To leave the sample out makes its advantage larger than its distance to the mean of all, not smaller."),
-        Wrong("the sum of the others", reinforced(lambda r: 2 * r - r.sum(1, keepdim=True)),
-              "With more samples this baseline grows without end; it should be what one other sample earns on average."),
-        Wrong("one baseline for all prompts", reinforced(lambda r: left_out(r.view(1, -1)).view_as(r)),
-              "Some prompts are easier than others: compare a sample with those of its own prompt."),
-        Wrong("the mean of the whole batch", reinforced(lambda r: r - r.mean()),
-              "Some prompts are easier than others: compare a sample with those of its own prompt, itself left out."),
-        Wrong("compared across prompts", reinforced(lambda r: r - r.mean(0, keepdim=True)),
-              "Which dimension holds the samples of one prompt?"),
-        Wrong("divided by the standard deviation", reinforced(lambda r: left_out(r) / r.std(1, keepdim=True)),
-              "Other methods do that; it is another estimate. Here the advantage keeps the unit of the reward."),
-        Wrong("no KL penalty", reinforced(returns=lambda s, p, q, b: s),
-              "That climbs the reward alone. The return is what a completion earned less what it cost."),
-        Wrong("the penalty has the wrong sign", reinforced(returns=lambda s, p, q, b: s + b * (p - q)),
-              "This pays the policy for moving away. A completion that the policy finds likelier than the reference does must cost something."),
-        Wrong("beta is missing", reinforced(returns=lambda s, p, q, b: s - (p - q)),
-              "Beta is the price of a nat; without it every nat costs 1."),
-        Wrong("no reference", reinforced(returns=lambda s, p, q, b: s - b * p),
-              "The penalty is on the log-ratio, not on log pi."),
-        Wrong("beta on the score as well", reinforced(returns=lambda s, p, q, b: b * (s - (p - q))),
-              "Only the log-ratio is multiplied by beta: mind the brackets."),
-        Wrong("the penalty has no baseline", penalty_without_baseline,
-              "Also unbiased, but not the task: the baseline is the mean of whole returns, penalty included."),
-        Wrong("the mean return itself", lambda s, p, q, b: -(s - b * (p - q)).mean(),
-              "Its gradient knows nothing of the reward, which does not depend on log pi once the completion is there."),
-        Wrong("the loss has the wrong sign", reinforced(read=lambda terms: terms.mean()),
-              "A loss is minimised. One step down must raise the log-probability of a completion with a positive advantage."),
-        Wrong("a sum for the mean", reinforced(read=lambda terms: -terms.sum()),
-              "The step must not grow with the number of completions: take the mean over all of them."),
-        Wrong("the samples of a prompt are added up", reinforced(read=lambda terms: -terms.sum(1).mean()),
-              "The mean is over all completions, not over prompts."),
-        Wrong("the log-probabilities are detached", reinforced(of=lambda p: p.detach()),
-              "The advantage is a constant; the log-probability is where the gradient must pass."),
-        Wrong("probabilities where log-probabilities belong", reinforced(of=lambda p: p.exp()),
-              "The gradient of an expectation is E[R grad log pi]: the samples bring the factor pi themselves."),
-        Wrong("zeros", lambda s, p, q, b: 0 * p.sum(),
-              "Some completions earned more than the others of their prompt: the gradient is not 0."),
-    ),
-    others=(reinforce_by_masks, reinforce_by_pairs),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=4,
-    minutes=9,
-)  # fmt: skip
+def reinforce_loss(scores, logps, reference_logps, beta):
+    returns = scores - beta * (logps.detach() - reference_logps)
+    others = (returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1)
+    return -((returns - others) * logps).mean()
 
-# --- 10.2 the reward of each token ---
+
+REINFORCE = Exercise(
+    "10.1", "REINFORCE, each the other's baseline", "implement", difficulty=3, importance=4, minutes=9,
+    truth=reinforce_truth, cases=reinforce_cases,
+    right=(reinforce_loss, reinforce_by_masks, reinforce_by_pairs,),
+    wrong=(
+        Wrong("the return is not detached", "logps.detach() -> logps", "The return is a number that was earned, log pi inside it too: in REINFORCE the gradient passes only through the log-probability that it weighs."),
+        Wrong("only the baseline is detached", "logps.detach() -> logps | returns - others -> returns - others.detach()", "The penalty in a sample's own return contains log pi as well. Which parts of the product are constants?"),
+        Wrong("no baseline", "returns - others -> returns", "The mean of the gradient is right, but its scatter is large wherever all rewards of a prompt are high: what did the prompt's other samples earn?"),
+        Wrong("the sample is in its own baseline", "(returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1) -> returns.mean(1, keepdim=True)", "A baseline that contains the sample's own return takes a part of it away: leave it out of the mean."),
+        Wrong("n and n - 1 exchanged", "returns - others -> (returns - others) * ((returns.shape[1] - 1) / returns.shape[1]) ** 2", "To leave the sample out makes its advantage larger than its distance to the mean of all, not smaller."),
+        Wrong("the sum of the others", "/ (returns.shape[1] - 1) -> ", "With more samples this baseline grows without end; it should be what one other sample earns on average."),
+        Wrong("one baseline for all prompts", "(returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1) -> (returns.sum() - returns) / (returns.numel() - 1)", "Some prompts are easier than others: compare a sample with those of its own prompt."),
+        Wrong("the mean of the whole batch", "(returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1) -> returns.mean()", "Some prompts are easier than others: compare a sample with those of its own prompt, itself left out."),
+        Wrong("compared across prompts", "(returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1) -> returns.mean(0, keepdim=True)", "Which dimension holds the samples of one prompt?"),
+        Wrong("divided by the standard deviation", "returns - others -> (returns - others) / returns.std(1, keepdim=True)", "Other methods do that; it is another estimate. Here the advantage keeps the unit of the reward."),
+        Wrong("beta on the score as well", "scores - beta * (logps.detach() - reference_logps) -> beta * (scores - (logps.detach() - reference_logps))", "Only the log-ratio is multiplied by beta: mind the brackets."),
+        Wrong("the penalty has no baseline", "(returns.sum(1, keepdim=True) - returns) -> (scores.sum(1, keepdim=True) - scores)", "Also unbiased, but not the task: the baseline is the mean of whole returns, penalty included."),
+        Wrong("the mean return itself", "result = -(scores - beta * (logps - reference_logps)).mean()", "Its gradient knows nothing of the reward, which does not depend on log pi once the completion is there."),
+        Wrong("a sum for the mean", ".mean() -> .sum()", "The step must not grow with the number of completions: take the mean over all of them."),
+        Wrong("the samples of a prompt are added up", ".mean() -> .sum(1).mean()", "The mean is over all completions, not over prompts."),
+        Wrong("probabilities where log-probabilities belong", "* logps) -> * logps.exp())", "The gradient of an expectation is E[R grad log pi]: the samples bring the factor pi themselves."),
+    ),
+)  # fmt: skip
 
 
 def spans(rows, width):
@@ -179,9 +97,9 @@ def token_cases(generator):
 
     return [
         case([(1, 2)], 4, 0.5),
-        case([(2, 4), (1, 3)], 6, 0.1),  # the first row is cut off at the limit: no padding
-        case([(0, 1), (3, 2), (5, 4), (4, 5)], 9, 1.7),  # one token; padding on the left
-        case([(1, 3), (1, 1), (2, 2)], 4, 0.05),
+        Edge("the first row is cut off at the limit: no padding", case([(2, 4), (1, 3)], 6, 0.1)),
+        Edge("one token; padding on the left", case([(0, 1), (3, 2), (5, 4), (4, 5)], 9, 1.7)),
+        Edge("rows end at different places", case([(1, 3), (1, 1), (2, 2)], 4, 0.05)),
     ]
 
 
@@ -197,41 +115,6 @@ def token_truth(logps, reference_logps, mask, scores, beta):
     return rewards
 
 
-def last_token(mask):
-    """The place of the last 1 of each row."""
-    return mask.shape[1] - 1 - mask.flip(1).argmax(1)
-
-
-def with_score(penalties, scores, places):
-    """`penalties` and, at the place of each row (where there is one), its score."""
-    added = penalties.clone()
-    for i, place in enumerate(places.tolist()):
-        if 0 <= place < added.shape[1]:
-            added[i, place] = added[i, place] + scores[i]
-    return added
-
-
-def token_answer(penalty=None, place=None):
-    penalty = penalty or (lambda p, q, m, b: -b * (p - q) * m)
-    place = place or last_token
-    return lambda p, q, m, s, b: with_score(penalty(p, q, m, b), s, place(m))
-
-
-def penalty_of(p, q, m, b):
-    return -b * (p - q) * m
-
-
-def whole_penalty_at_the_end(p, q, m, s, b):
-    whole = penalty_of(p, q, m, b).sum(1)
-    return with_score(torch.zeros_like(p), s + whole, last_token(m))
-
-
-def score_replaces(p, q, m, s, b):
-    rewards = penalty_of(p, q, m, b)
-    rewards[torch.arange(len(s)), last_token(m)] = s
-    return rewards
-
-
 def tokens_by_index(p, q, m, s, b):
     rewards = torch.where(m.bool(), b * (q - p), 0.0)
     last = (m.cumsum(1) * m).argmax(1)
@@ -244,66 +127,37 @@ def tokens_by_difference(p, q, m, s, b):
     return m * ((1 - after) * s.unsqueeze(1) - b * p + b * q)
 
 
-TOKENS = Exercise(
-    id="10.2",
-    title="The reward of each token",
-    kind="implement",
-    truth=token_truth,
-    cases=token_cases,
-    wrong=(
-        Wrong("the score at every token", lambda p, q, m, s, b: (s[:, None] - b * (p - q)) * m,
-              "A completion is scored once, when it is complete: a longer one must not earn more for that. At which token is that?"),
-        Wrong("the score spread over the tokens", lambda p, q, m, s, b: penalty_of(p, q, m, b) + m * (s / m.sum(1))[:, None],
-              "The sum is right. But the reward model has read nothing before the last token, so nothing is earned there."),
-        Wrong("the score in the last column", token_answer(place=lambda m: torch.full_like(m[:, 0], m.shape[1] - 1)),
-              "Rows end at different places: in a shorter one the last column is padding."),
-        Wrong("the score at the first token", token_answer(place=lambda m: m.argmax(1)),
-              "argmax finds the first 1 of a row. The score comes with the last."),
-        Wrong("the prompt is forgotten when the end is sought", token_answer(place=lambda m: m.sum(1) - 1),
-              "The number of completion tokens is the place of the last one only where the completion begins in column 0."),
-        Wrong("one token late", token_answer(place=lambda m: last_token(m) + 1),
-              "That column is padding, or outside the row. Is your place counted from 1?"),
-        Wrong("one token early", token_answer(place=lambda m: last_token(m) - 1),
-              "The last completion token is the one that ends it, an EOS where there is one: it gets the score."),
-        Wrong("the last token pays no penalty", score_replaces,
-              "The score is added to the penalty of the last token; it does not replace it. Add up a row: what should come out?"),
-        Wrong("the whole penalty at the end", whole_penalty_at_the_end,
-              "The sum is right. But it is known for each token what it cost, so each should pay at once: that is what makes credit easier to assign."),
-        Wrong("no penalty", lambda p, q, m, s, b: with_score(torch.zeros_like(p), s, last_token(m)),
-              "Without the penalty the policy is free to go wherever the reward model errs."),
-        Wrong("the penalty has the wrong sign", token_answer(lambda p, q, m, b: b * (p - q) * m),
-              "A token that the policy finds likelier than the reference does costs something: its reward is below 0."),
-        Wrong("beta is missing", token_answer(lambda p, q, m, b: -(p - q) * m),
-              "Beta is the price of a nat."),
-        Wrong("beta on the score as well", lambda p, q, m, s, b: with_score(penalty_of(p, q, m, b), b * s, last_token(m)),
-              "Beta is the price of the KL; the score counts as it is."),
-        Wrong("no reference", token_answer(lambda p, q, m, b: -b * p * m),
-              "The penalty is on the log-ratio of policy and reference."),
-        Wrong("the prompt pays", token_answer(lambda p, q, m, b: -b * (p - q) * m.flip(1).cumsum(1).flip(1).clamp(max=1)),
-              "The policy did not choose the tokens before the completion. What does the mask say there?"),
-        Wrong("padding pays", token_answer(lambda p, q, m, b: -b * (p - q) * m.cumsum(1).clamp(max=1)),
-              "What stands after the completion was never sampled. What does the mask say there?"),
-        Wrong("everything pays", token_answer(lambda p, q, m, b: -b * (p - q)),
-              "Only completion tokens are actions; the mask says which they are."),
-        Wrong("the ratio, not its logarithm", token_answer(lambda p, q, m, b: -b * (p - q).exp() * m),
-              "The arguments are logarithms already, and the KL is the mean of a difference of logarithms."),
-        Wrong("the distance, whatever its sign", token_answer(lambda p, q, m, b: -b * (p - q).abs() * m),
-              "A token's log-ratio may be negative; then it is refunded. Only so do the tokens add up to the completion's log-ratio."),
-        Wrong("the penalty per token of the row", token_answer(lambda p, q, m, b: -b * (p - q) * m / m.sum(1, keepdim=True)),
-              "The completion's log-ratio is the sum over its tokens, not their mean."),
-        Wrong("one number for each completion", lambda p, q, m, s, b: s - b * ((p - q) * m).sum(1),
-              "That is the return of the whole completion. Here each token is an action with its own reward: a tensor like logps."),
-        Wrong("zeros", lambda p, q, m, s, b: torch.zeros_like(p),
-              "Each row must sum to the return of its completion."),
-    ),
-    others=(tokens_by_index, tokens_by_difference),
-    tolerance=1e-9,
-    difficulty=2,
-    importance=4,
-    minutes=8,
-)  # fmt: skip
+def rewards_of_tokens(logps, reference_logps, mask, scores, beta):
+    rewards = -beta * (logps - reference_logps) * mask
+    last = (torch.arange(mask.shape[1]) * mask).argmax(1)
+    rewards[torch.arange(len(scores)), last] += scores
+    return rewards
 
-# --- 10.3 generalised advantages ---
+
+TOKENS = Exercise(
+    "10.2", "The reward of each token", "implement", difficulty=2, importance=4, minutes=8,
+    truth=token_truth, cases=token_cases,
+    right=(rewards_of_tokens, tokens_by_index, tokens_by_difference,),
+    wrong=(
+        Wrong("the score at every token", "rewards[torch.arange(len(scores)), last] += scores -> rewards += scores[:, None] * mask", "A completion is scored once, when it is complete: a longer one must not earn more for that. At which token is that?"),
+        Wrong("the score spread over the tokens", "rewards[torch.arange(len(scores)), last] += scores -> rewards += mask * (scores / mask.sum(1))[:, None]", "The sum is right. But the reward model has read nothing before the last token, so nothing is earned there."),
+        Wrong("the score in the last column", "last = (torch.arange(mask.shape[1]) * mask).argmax(1) -> last = -1", "Rows end at different places: in a shorter one the last column is padding."),
+        Wrong("the score at the first token", "last = (torch.arange(mask.shape[1]) * mask).argmax(1) -> last = mask.argmax(1)", "argmax finds the first 1 of a row. The score comes with the last."),
+        Wrong("the prompt is forgotten when the end is sought", "last = (torch.arange(mask.shape[1]) * mask).argmax(1) -> last = mask.sum(1) - 1", "The number of completion tokens is the place of the last one only where the completion begins in column 0."),
+        Wrong("one token late", "rewards[torch.arange(len(scores)), last] += scores -> for i, t in enumerate((last + 1).tolist()):\n        rewards[i, t : t + 1] += scores[i]", "That column is padding, or outside the row. Is your place counted from 1?"),
+        Wrong("one token early", "rewards[torch.arange(len(scores)), last] += scores -> for i, t in enumerate((last - 1).tolist()):\n        rewards[i, t : t + 1] += scores[i]", "The last completion token is the one that ends it, an EOS where there is one: it gets the score."),
+        Wrong("the last token pays no penalty", "+= scores -> = scores", "The score is added to the penalty of the last token; it does not replace it. Add up a row: what should come out?"),
+        Wrong("the whole penalty at the end", "rewards[torch -> penalty = rewards.sum(1); rewards = 0 * rewards; rewards[torch | += scores -> += scores + penalty",
+              "The sum is right. But it is known for each token what it cost, so each should pay at once: that is what makes credit easier to assign."),
+        Wrong("beta on the score as well", "+= scores -> += beta * scores", "Beta is the price of the KL; the score counts as it is."),
+        Wrong("padding pays", "reference_logps) * mask -> reference_logps) * mask.cumsum(1).clamp(max=1)", "What stands after the completion was never sampled. What does the mask say there?"),
+        Wrong("everything pays", "reference_logps) * mask -> reference_logps)", "Only completion tokens are actions; the mask says which they are."),
+        Wrong("the ratio, not its logarithm", "(logps - reference_logps) -> (logps - reference_logps).exp()", "The arguments are logarithms already, and the KL is the mean of a difference of logarithms."),
+        Wrong("the distance, whatever its sign", "(logps - reference_logps) -> (logps - reference_logps).abs()", "A token's log-ratio may be negative; then it is refunded. Only so do the tokens add up to the completion's log-ratio."),
+        Wrong("the penalty per token of the row", "reference_logps) * mask -> reference_logps) * mask / mask.sum(1, keepdim=True)", "The completion's log-ratio is the sum over its tokens, not their mean."),
+        Wrong("one number for each completion", "result = result.sum(1)", "That is the return of the whole completion. Here each token is an action with its own reward: a tensor like logps."),
+    ),
+)  # fmt: skip
 
 
 def gae_cases(generator):
@@ -314,7 +168,7 @@ def gae_cases(generator):
 
     return [
         case([(1, 3)], 5, 0.9, 0.7),
-        case([(0, 4), (2, 2)], 4, 1.0, 0.95),  # no padding
+        Edge("no padding", case([(0, 4), (2, 2)], 4, 1.0, 0.95)),
         case([(3, 5), (1, 1), (2, 3)], 9, 0.95, 1.0),
         case([(1, 4), (2, 2)], 7, 0.8, 0.0),
         case([(2, 6), (0, 3), (1, 5), (4, 1)], 9, 0.6, 0.5),
@@ -340,66 +194,12 @@ def gae_truth(rewards, values, mask, gamma, lam):
     return advantages
 
 
-def recursion(delta=None, decay=None, stop=True, end=True, start=0.0):
-    """A wrong answer: the loop from behind, with its own TD error or decay.
-
-    `stop`: padding ends the sum; `end`: the value of padding is 0; `start`: the share of the last
-    token's own value that stands for the one after it.
-    """
-    delta = delta or (lambda r, v, following, g, lam: r + g * following - v)
-    decay = decay or (lambda g, lam: g * lam)
-
-    def answer(rewards, values, mask, gamma, lam):
-        found, weights = torch.zeros_like(rewards), mask.to(rewards)
-        advantage = torch.zeros_like(rewards[:, 0])
-        for t in reversed(range(rewards.shape[1])):
-            inside = torch.zeros_like(advantage)
-            following = torch.zeros_like(advantage)
-            if t + 1 < rewards.shape[1]:
-                inside = weights[:, t + 1]
-                following = values[:, t + 1] * (inside if end else 1)
-            following = following + start * (1 - inside) * values[:, t]
-            error = delta(rewards[:, t], values[:, t], following, gamma, lam)
-            advantage = error + decay(gamma, lam) * advantage * (inside if stop else 1)
-            found[:, t] = advantage
-        return found * weights
-
-    return answer
-
-
 def forwards(rewards, values, mask, gamma, lam):
     """The recursion from the first token to the last."""
-    errors = recursion(decay=lambda g, lam: 0.0)(rewards, values, mask, gamma, lam)
-    found, advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in range(rewards.shape[1]):
-        advantage = (errors[:, t] + gamma * lam * advantage) * mask[:, t]
-        found[:, t] = advantage
+    found = advantages(rewards, values, mask, gamma, 0.0)  # the TD errors
+    for t in range(1, rewards.shape[1]):
+        found[:, t] += gamma * lam * found[:, t - 1] * mask[:, t]
     return found
-
-
-def renormalised(rewards, values, mask, gamma, lam):
-    return (1 - lam) * recursion()(rewards, values, mask, gamma, lam)
-
-
-def returns_of(rewards, values, mask, gamma, lam):
-    return recursion()(rewards, values, mask, gamma, lam) + values * mask
-
-
-def late_rewards(rewards, values, mask, gamma, lam):
-    shifted = torch.nn.functional.pad(rewards * mask, (0, 1))[:, 1:]
-    return recursion()(shifted, values, mask, gamma, lam)
-
-
-def standardised(rewards, values, mask, gamma, lam):
-    found = recursion()(rewards, values, mask, gamma, lam)
-    chosen = found[mask.bool()]
-    return (found - chosen.mean()) / (chosen.var(unbiased=False) + 1e-8).sqrt() * mask
-
-
-def unmasked(rewards, values, mask, gamma, lam):
-    """Right inside, but what the recursion leaves outside the completion stays there."""
-    r, v = rewards * mask, values * mask
-    return recursion()(r, v, torch.ones_like(mask), gamma, lam)
 
 
 def gae_by_sums(rewards, values, mask, gamma, lam):
@@ -422,66 +222,48 @@ def gae_row_by_row(rewards, values, mask, gamma, lam):
     return found
 
 
+def advantages(rewards, values, mask, gamma, lam):
+    values = values * mask
+    found = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        found[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value, next_advantage = values[:, t], found[:, t]
+    return found
+
+
 GAE = Exercise(
-    id="10.3",
-    title="Generalised advantage estimation",
-    kind="implement",
-    truth=gae_truth,
-    cases=gae_cases,
+    "10.3", "Generalised advantage estimation", "implement", difficulty=3, importance=3, minutes=9,
+    truth=gae_truth, cases=gae_cases,
+    right=(advantages, gae_by_sums, gae_row_by_row,),
     wrong=(
-        Wrong("padding has a value", recursion(end=False),
-              "After the last token nothing more can be earned: the value there is 0, whatever number stands in the tensor."),
-        Wrong("the advantage of padding leaks in", recursion(stop=False),
+        Wrong("padding has a value", "values = values * mask -> pass", "After the last token nothing more can be earned: the value there is 0, whatever number stands in the tensor."),
+        Wrong("the advantage of padding leaks in", "values = values * mask -> raw, values = values, values * mask | - values[:, t] -> - raw[:, t] | (delta + gamma * lam * next_advantage) * mask[:, t] -> delta + gamma * lam * next_advantage | return found -> return found * mask",
               "The sum of TD errors ends with the completion. What does your recursion hold when it arrives at the last token?"),
-        Wrong("padding leaks in twice", recursion(stop=False, end=False),
+        Wrong("padding leaks in twice", "values = values * mask -> pass | (delta + gamma * lam * next_advantage) * mask[:, t] -> delta + gamma * lam * next_advantage | return found -> return found * mask",
               "Both the value and the advantage after the last token are 0. To multiply by the mask at the very end is too late."),
-        Wrong("the last token follows itself", recursion(start=1.0),
+        Wrong("the last token follows itself", "next_value = next_advantage = -> inside = next_value = next_advantage = | gamma * next_value -> gamma * (next_value + (1 - inside) * values[:, t]) | next_value, next_advantage = values[:, t], found[:, t] -> next_value, next_advantage, inside = values[:, t], found[:, t], mask[:, t]",
               "After the last token comes nothing, not the same token again: V is 0 there."),
-        Wrong("the value that follows is missing", recursion(lambda r, v, f, g, lam: r - v),
-              "A TD error compares V_t with what one step brings: its reward and the value of where it leads."),
-        Wrong("the value itself is missing", recursion(lambda r, v, f, g, lam: r + g * f),
-              "An advantage is how much better it went than expected. Where is what was expected?"),
-        Wrong("both values are missing", recursion(lambda r, v, f, g, lam: r),
-              "That is a discounted sum of rewards. The value model's expectations are to be compared with them."),
-        Wrong("the signs of the values", recursion(lambda r, v, f, g, lam: r - g * f + v),
-              "What follows is a gain, what was expected is subtracted."),
-        Wrong("gamma is missing in the TD error", recursion(lambda r, v, f, g, lam: r + f - v),
-              "What follows is one step away, so it is discounted by gamma."),
-        Wrong("gamma on the expected value as well", recursion(lambda r, v, f, g, lam: r + g * (f - v)),
-              "V_t is the expectation at this token itself: only what lies ahead is discounted."),
-        Wrong("gamma is missing in the sum", recursion(decay=lambda g, lam: lam),
-              "A TD error one token ahead is discounted twice over: by gamma and by lambda."),
-        Wrong("lambda is missing", recursion(decay=lambda g, lam: g),
-              "That is lambda = 1: the whole return less the value, with all its scatter."),
-        Wrong("neither gamma nor lambda in the sum", recursion(decay=lambda g, lam: 1.0),
-              "TD errors further ahead count less: with which weights?"),
-        Wrong("the TD errors alone", recursion(decay=lambda g, lam: 0.0),
-              "That is lambda = 0: one step, and all trust in the value model."),
-        Wrong("lambda in the TD error as well", recursion(lambda r, v, f, g, lam: r + g * lam * f - v),
-              "Lambda weighs TD errors against one another; a TD error itself knows only gamma."),
-        Wrong("from the first token to the last", forwards,
-              "An action is judged by what comes after it, not by what came before. In which direction must the loop run?"),
-        Wrong("the rewards come one token late", late_rewards,
-              "Entry t of the rewards belongs to the token of entry t of the values: nothing is to be shifted."),
-        Wrong("multiplied by 1 - lambda", renormalised,
-              "The weights 1 - lambda are those of the n-step advantages. Written with TD errors they are gone."),
-        Wrong("returns for advantages", returns_of,
-              "That is what the value model is trained towards: advantage plus value."),
-        Wrong("whitened", standardised,
-              "Whitening comes afterwards, and only for the policy: the value model needs advantages in the unit of the reward."),
-        Wrong("the prompt has advantages", unmasked,
-              "Prompt tokens are no actions of the policy: their entries must be 0."),
-        Wrong("zeros", lambda r, v, m, g, lam: torch.zeros_like(r),
-              "It is 0 only where everything goes as the value model expected."),
+        Wrong("the value that follows is missing", "+ gamma * next_value -> ", "A TD error compares V_t with what one step brings: its reward and the value of where it leads."),
+        Wrong("the value itself is missing", "next_value - values[:, t] -> next_value", "An advantage is how much better it went than expected. Where is what was expected?"),
+        Wrong("both values are missing", "rewards[:, t] + gamma * next_value - values[:, t] -> rewards[:, t]", "That is a discounted sum of rewards. The value model's expectations are to be compared with them."),
+        Wrong("the signs of the values", "rewards[:, t] + gamma * next_value - values[:, t] -> rewards[:, t] - gamma * next_value + values[:, t]", "What follows is a gain, what was expected is subtracted."),
+        Wrong("gamma is missing in the TD error", "gamma * next_value -> next_value", "What follows is one step away, so it is discounted by gamma."),
+        Wrong("gamma on the expected value as well", "gamma * next_value - values[:, t] -> gamma * (next_value - values[:, t])", "V_t is the expectation at this token itself: only what lies ahead is discounted."),
+        Wrong("gamma is missing in the sum", "gamma * lam -> lam", "A TD error one token ahead is discounted twice over: by gamma and by lambda."),
+        Wrong("neither gamma nor lambda in the sum", "gamma * lam * -> ", "TD errors further ahead count less: with which weights?"),
+        Wrong("the TD errors alone", "lam = 0", "That is lambda = 0: one step, and all trust in the value model."),
+        Wrong("lambda in the TD error as well", "gamma * next_value -> gamma * lam * next_value", "Lambda weighs TD errors against one another; a TD error itself knows only gamma."),
+        Wrong("from the first token to the last", forwards, "An action is judged by what comes after it, not by what came before. In which direction must the loop run?"),
+        Wrong("the rewards come one token late", "rewards = torch.nn.functional.pad(rewards * mask, (0, 1))[:, 1:]", "Entry t of the rewards belongs to the token of entry t of the values: nothing is to be shifted."),
+        Wrong("multiplied by 1 - lambda", "result = (1 - lam) * result", "The weights 1 - lambda are those of the n-step advantages. Written with TD errors they are gone."),
+        Wrong("returns for advantages", "result = result + values * mask", "That is what the value model is trained towards: advantage plus value."),
+        Wrong("whitened", "inside = result[mask.bool()]; result = (result - inside.mean()) / (inside.var(unbiased=False) + 1e-8).sqrt() * mask", "Whitening comes afterwards, and only for the policy: the value model needs advantages in the unit of the reward."),
+        Wrong("the prompt has advantages", "values = values * mask -> rewards, values, mask = rewards * mask, values * mask, torch.ones_like(mask)", "Prompt tokens are no actions of the policy: their entries must be 0."),
     ),
-    others=(gae_by_sums, gae_row_by_row),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=3,
-    minutes=9,
 )  # fmt: skip
 
-# --- 10.4 where the clip stops the gradient ---
 
 TOKENS_OF_A_MINIBATCH = {
     "a": (1.0, 1.0), "b": (1.1, -1.0), "c": (1.5, 1.0),
@@ -505,43 +287,24 @@ def clip_truth():
 
 
 CLIP = Exercise(
-    id="10.4",
-    title="Where the clip stops the gradient",
-    kind="predict",
-    truth=clip_truth,
-    cases=lambda generator: [()],
+    "10.4", "Where the clip stops the gradient", "predict", difficulty=3, importance=4, minutes=5,
+    truth=clip_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("a: nothing to gain at ratio 1", lambda: {"a": "none"},
-              "At ratio 1 the loss is minus the advantage, but what happens to it when the ratio grows a little? The derivative of the ratio by log pi is the ratio."),
-        Wrong("a: the sign of the advantage", lambda: {"a": "down"},
-              "This token did better than expected: it should become more likely."),
-        Wrong("b: clipped inside the interval", lambda: {"b": "none"},
-              "The clip begins at 1.2; at 1.1 both expressions in the minimum are the same, and neither is flat."),
-        Wrong("b: the sign of the advantage", lambda: {"b": "up"},
-              "This token did worse than expected: it should become less likely."),
-        Wrong("c: the clip is ignored", lambda: {"c": "up"},
-              "Compute both expressions: 1.5 and 1.2. Which is the smaller, and does it change when the ratio does?"),
-        Wrong("c: the clip pulls back", lambda: {"c": "down"},
-              "A clipped expression is constant. Can a constant pull?"),
-        Wrong("d: clipped on both sides", lambda: {"d": "none"},
-              "Compute both expressions: -1.5 and -1.2. The minimum takes the smaller, and that is not the clipped one."),
-        Wrong("d: the sign of the advantage", lambda: {"d": "up"},
-              "This token did worse than expected and has become more likely all the same. Which way should it go?"),
-        Wrong("e: clipped on both sides", lambda: {"e": "none"},
-              "Compute both expressions: 0.5 and 0.8. The minimum takes the smaller, and that is not the clipped one."),
-        Wrong("e: the sign of the advantage", lambda: {"e": "down"},
-              "This token did better than expected and has become less likely all the same. Which way should it go?"),
-        Wrong("f: the clip is ignored", lambda: {"f": "down"},
-              "Compute both expressions: -0.5 and -0.8. Which is the smaller, and does it change when the ratio does?"),
-        Wrong("f: the clip pulls back", lambda: {"f": "up"},
-              "A clipped expression is constant. Can a constant pull?"),
+        Wrong("a: nothing to gain at ratio 1", {"a": "none"}, "At ratio 1 the loss is minus the advantage, but what happens to it when the ratio grows a little? The derivative of the ratio by log pi is the ratio."),
+        Wrong("a: the sign of the advantage", {"a": "down"}, "This token did better than expected: it should become more likely."),
+        Wrong("b: clipped inside the interval", {"b": "none"}, "The clip begins at 1.2; at 1.1 both expressions in the minimum are the same, and neither is flat."),
+        Wrong("b: the sign of the advantage", {"b": "up"}, "This token did worse than expected: it should become less likely."),
+        Wrong("c: the clip is ignored", {"c": "up"}, "Compute both expressions: 1.5 and 1.2. Which is the smaller, and does it change when the ratio does?"),
+        Wrong("c: the clip pulls back", {"c": "down"}, "A clipped expression is constant. Can a constant pull?"),
+        Wrong("d: clipped on both sides", {"d": "none"}, "Compute both expressions: -1.5 and -1.2. The minimum takes the smaller, and that is not the clipped one."),
+        Wrong("d: the sign of the advantage", {"d": "up"}, "This token did worse than expected and has become more likely all the same. Which way should it go?"),
+        Wrong("e: clipped on both sides", {"e": "none"}, "Compute both expressions: 0.5 and 0.8. The minimum takes the smaller, and that is not the clipped one."),
+        Wrong("e: the sign of the advantage", {"e": "down"}, "This token did better than expected and has become less likely all the same. Which way should it go?"),
+        Wrong("f: the clip is ignored", {"f": "down"}, "Compute both expressions: -0.5 and -0.8. Which is the smaller, and does it change when the ratio does?"),
+        Wrong("f: the clip pulls back", {"f": "up"}, "A clipped expression is constant. Can a constant pull?"),
     ),
-    difficulty=3,
-    importance=4,
-    minutes=5,
 )  # fmt: skip
 
-# --- 10.5 which knob was it? ---
 
 # What six runs printed, as in the task: score, KL, objective and true reward of seven steps.
 SHOWN = (1, 5, 10, 20, 40, 81, 200)
@@ -657,48 +420,26 @@ def knob_truth():
 
 
 KNOB = Exercise(
-    id="10.5",
-    title="Which knob was it?",
-    kind="diagnose",
-    truth=knob_truth,
-    cases=lambda generator: [()],
+    "10.5", "Which knob was it?", "diagnose", difficulty=3, importance=4, minutes=8,
+    truth=knob_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("A: a small step", lambda: {"A": "learning rate too small"},
-              "It hardly moves, that is right. But a slow run would still be on its way at step 200; this one has arrived. What does one nat cost here?"),
-        Wrong("A: sound, as nothing breaks", lambda: {"A": "nothing"},
-              "Nothing breaks because nothing happens: compare its score with the other runs'. What does one nat cost here?"),
-        Wrong("B: sound, as score and objective rise", lambda: {"B": "nothing"},
-              "Score, KL and objective are all as they should be. Only one column is not made by the run itself: which way does it go, and from which step on?"),
-        Wrong("B: the policy went too far", lambda: {"B": "no KL penalty"},
-              "Its KL is smaller than that of the sound run, and the true reward falls from the first steps on. Where, then, does the reward model err?"),
-        Wrong("C: a price of 0", lambda: {"C": "no KL penalty"},
-              "Early on a nat costs almost nothing, that is right. Compute the price at steps 5, 20 and 81 as well."),
-        Wrong("C: steps that are too large", lambda: {"C": "learning rate too large"},
-              "It overshoots and comes back. But with the wrong step size the price of a nat would stay as it was: compute it at several steps."),
-        Wrong("C: sound, as it settles", lambda: {"C": "nothing"},
-              "Look at the KL on the way: it should not pass four times the target. What happened to the price of a nat before?"),
-        Wrong("C: a high price", lambda: {"C": "beta too large"},
-              "At step 81 a nat does cost more than twice the plan. What did it cost at step 20?"),
-        Wrong("D: a high price", lambda: {"D": "beta too large"},
-              "Compute the price of a nat from score, objective and KL: it is what was planned."),
-        Wrong("D: the true reward lags behind", lambda: {"D": "stale reward model"},
-              "Some difference between score and true reward is normal where a policy leaves the data. Here both rise to the end: a run with a wrong reward model looks worse."),
-        Wrong("E: the reward model is to blame", lambda: {"E": "stale reward model"},
-              "Up to 4 nats its score and the true reward rise together, as in the sound run: the reward model is right where it was trained. Why was the policy free to leave?"),
-        Wrong("E: steps that are too large", lambda: {"E": "learning rate too large"},
-              "Its score rises step by step and never turns back. Compare score and objective in each row."),
-        Wrong("E: a controller that lost its grip", lambda: {"E": "controller winds up"},
-              "A controller would make nats dear again once the KL is above its target. What does one cost here at the end?"),
-        Wrong("F: a price of 0", lambda: {"F": "no KL penalty"},
-              "A nat costs what was planned: compute it. But look at the objective, which the run is meant to raise."),
-        Wrong("F: a controller", lambda: {"F": "controller winds up"},
-              "It swings, that is right. But the price of a nat is the same in every row: compute it."),
-        Wrong("F: the reward model is to blame", lambda: {"F": "stale reward model"},
-              "With a wrong reward model the run would still raise its own objective. Does this one?"),
+        Wrong("A: a small step", {"A": "learning rate too small"}, "It hardly moves, that is right. But a slow run would still be on its way at step 200; this one has arrived. What does one nat cost here?"),
+        Wrong("A: sound, as nothing breaks", {"A": "nothing"}, "Nothing breaks because nothing happens: compare its score with the other runs'. What does one nat cost here?"),
+        Wrong("B: sound, as score and objective rise", {"B": "nothing"}, "Score, KL and objective are all as they should be. Only one column is not made by the run itself: which way does it go, and from which step on?"),
+        Wrong("B: the policy went too far", {"B": "no KL penalty"}, "Its KL is smaller than that of the sound run, and the true reward falls from the first steps on. Where, then, does the reward model err?"),
+        Wrong("C: a price of 0", {"C": "no KL penalty"}, "Early on a nat costs almost nothing, that is right. Compute the price at steps 5, 20 and 81 as well."),
+        Wrong("C: steps that are too large", {"C": "learning rate too large"}, "It overshoots and comes back. But with the wrong step size the price of a nat would stay as it was: compute it at several steps."),
+        Wrong("C: sound, as it settles", {"C": "nothing"}, "Look at the KL on the way: it should not pass four times the target. What happened to the price of a nat before?"),
+        Wrong("C: a high price", {"C": "beta too large"}, "At step 81 a nat does cost more than twice the plan. What did it cost at step 20?"),
+        Wrong("D: a high price", {"D": "beta too large"}, "Compute the price of a nat from score, objective and KL: it is what was planned."),
+        Wrong("D: the true reward lags behind", {"D": "stale reward model"}, "Some difference between score and true reward is normal where a policy leaves the data. Here both rise to the end: a run with a wrong reward model looks worse."),
+        Wrong("E: the reward model is to blame", {"E": "stale reward model"}, "Up to 4 nats its score and the true reward rise together, as in the sound run: the reward model is right where it was trained. Why was the policy free to leave?"),
+        Wrong("E: steps that are too large", {"E": "learning rate too large"}, "Its score rises step by step and never turns back. Compare score and objective in each row."),
+        Wrong("E: a controller that lost its grip", {"E": "controller winds up"}, "A controller would make nats dear again once the KL is above its target. What does one cost here at the end?"),
+        Wrong("F: a price of 0", {"F": "no KL penalty"}, "A nat costs what was planned: compute it. But look at the objective, which the run is meant to raise."),
+        Wrong("F: a controller", {"F": "controller winds up"}, "It swings, that is right. But the price of a nat is the same in every row: compute it."),
+        Wrong("F: the reward model is to blame", {"F": "stale reward model"}, "With a wrong reward model the run would still raise its own objective. Does this one?"),
     ),
-    difficulty=3,
-    importance=4,
-    minutes=8,
 )  # fmt: skip
 
 EXERCISES = (REINFORCE, TOKENS, GAE, CLIP, KNOB)

@@ -1,6 +1,5 @@
 """12 The frontier: what a nat buys, what a win rate costs, and when a comparison is fair."""
 
-import bisect
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from dpo_mini import exact
 from dpo_mini.course.checks.engine import Exercise, Wrong
-
-# --- 12.1 what one point of the frontier says of all policies ---
 
 BETA, KL, REWARD = 0.25, 4.0, 2.0  # the one point that is known
 
@@ -87,43 +84,24 @@ def tangent_truth():
 
 
 TANGENT = Exercise(
-    id="12.1",
-    title="What one point says of all others",
-    kind="predict",
-    truth=tangent_truth,
-    cases=lambda generator: [()],
+    "12.1", "What one point says of all others", "predict", difficulty=3, importance=4, minutes=7,
+    truth=tangent_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("the frontier may bend upwards", lambda: {"KL 6, 2.6": "open"},
-              "Compute E[r] - beta KL of this claim, and of pi* at beta = 0.25. Which of the two is larger, and may it be?"),
-        Wrong("more KL brings nothing more", lambda: {"KL 6, 2.4": "excluded"},
-              "The curve rises as long as beta is above 0, and one point does not say how fast it flattens. What does the tangent allow at 6 nats?"),
-        Wrong("the bound holds only to the right", lambda: {"KL 2, 1.6": "open"},
-              "Pi* has the largest E[r] - beta KL of all policies, those that stay nearer to the reference included."),
-        Wrong("two different policies at one point of the frontier", lambda: {"twin": "open"},
-              "J(pi) falls short of J(pi*) by beta KL(pi || pi*). If it does not fall short at all, what is that KL?"),
-        Wrong("the reference is not bounded", lambda: {"reference 1.1": "open"},
-              "The reference is a policy too, one with KL 0. What is its J?"),
-        Wrong("the frontier is a straight line", lambda: {"reference -3": "excluded"},
-              "The tangent is a ceiling, not the curve. Must a curve that flattens start on the tangent of a later point?"),
-        Wrong("the average slope", lambda: {"0.1 nat": "0.050"},
-              "Reward over KL is what all nats so far have brought on average. The next one brings less: which number is the slope?"),
-        Wrong("the nats themselves", lambda: {"0.1 nat": "0.100"},
-              "KL and reward have different units. What is the price of one nat, in reward?"),
-        Wrong("divided by beta", lambda: {"0.1 nat": "0.400"},
-              "Beta has the unit reward per nat. What must it do to nats so that a reward comes out?"),
-        Wrong("one whole nat", lambda: {"0.1 nat": "0.250"},
-              "This is what a whole nat would bring. How many were bought?"),
-        Wrong("the slope does not know the reward's scale", lambda: {"doubled": "0.250"},
-              "The same policies have the same KL as before and twice the reward. What does that do to every rise of the curve?"),
-        Wrong("the slope is halved", lambda: {"doubled": "0.125"},
-              "At the old beta the policy would now go further. But the question is about the same KL: what has become of the rewards there?"),
+        Wrong("the frontier may bend upwards", {"KL 6, 2.6": "open"}, "Compute E[r] - beta KL of this claim, and of pi* at beta = 0.25. Which of the two is larger, and may it be?"),
+        Wrong("more KL brings nothing more", {"KL 6, 2.4": "excluded"}, "The curve rises as long as beta is above 0, and one point does not say how fast it flattens. What does the tangent allow at 6 nats?"),
+        Wrong("the bound holds only to the right", {"KL 2, 1.6": "open"}, "Pi* has the largest E[r] - beta KL of all policies, those that stay nearer to the reference included."),
+        Wrong("two different policies at one point of the frontier", {"twin": "open"}, "J(pi) falls short of J(pi*) by beta KL(pi || pi*). If it does not fall short at all, what is that KL?"),
+        Wrong("the reference is not bounded", {"reference 1.1": "open"}, "The reference is a policy too, one with KL 0. What is its J?"),
+        Wrong("the frontier is a straight line", {"reference -3": "excluded"}, "The tangent is a ceiling, not the curve. Must a curve that flattens start on the tangent of a later point?"),
+        Wrong("the average slope", {"0.1 nat": "0.050"}, "Reward over KL is what all nats so far have brought on average. The next one brings less: which number is the slope?"),
+        Wrong("the nats themselves", {"0.1 nat": "0.100"}, "KL and reward have different units. What is the price of one nat, in reward?"),
+        Wrong("divided by beta", {"0.1 nat": "0.400"}, "Beta has the unit reward per nat. What must it do to nats so that a reward comes out?"),
+        Wrong("one whole nat", {"0.1 nat": "0.250"}, "This is what a whole nat would bring. How many were bought?"),
+        Wrong("the slope does not know the reward's scale", {"doubled": "0.250"}, "The same policies have the same KL as before and twice the reward. What does that do to every rise of the curve?"),
+        Wrong("the slope is halved", {"doubled": "0.125"}, "At the old beta the policy would now go further. But the question is about the same KL: what has become of the rewards there?"),
     ),
-    difficulty=3,
-    importance=4,
-    minutes=7,
 )  # fmt: skip
 
-# --- 12.2 the KL of best-of-n, by its win rate ---
 
 S = sympy.Symbol("s", positive=True)
 LOG = sympy.log
@@ -139,64 +117,34 @@ def win_rate_cost_truth(w):
     return log_densities[0] - log_densities[1]
 
 
-def by_n(cost, number=lambda w: w / (1 - w)):
-    """From a formula in n, and one for n."""
-    return lambda w: cost(number(w))
-
-
-def right_kl(n):
-    return LOG(n) - (n - 1) / n
+def win_rate_cost(w):
+    n = w / (1 - w)
+    return sympy.log(n) - (n - 1) / n
 
 
 WIN_RATE_COST = Exercise(
-    id="12.2",
-    title="What a win rate costs",
-    kind="derive",
-    truth=win_rate_cost_truth,
-    cases=lambda generator: [((1 + S) / (2 + S),), (S / (1 + S),)],
+    "12.2", "What a win rate costs", "derive", difficulty=3, importance=3, minutes=9,
+    truth=win_rate_cost_truth, cases=lambda generator: [((1 + S) / (2 + S),), (S / (1 + S),)],
+    right=(
+        win_rate_cost,
+        lambda w: sympy.log(w) - sympy.log(1 - w) + 1 / w - 2,
+        lambda w: (1 - 2 * w) / w - sympy.log(1 / w - 1),
+    ),
     wrong=(
-        Wrong("only log n", by_n(LOG),
-              "Log n is the log-ratio of the very best text, where F = 1. What does (n - 1) log F average to?"),
-        Wrong("without log n", by_n(lambda n: -(n - 1) / n),
-              "A KL is never below 0. Where has the factor n of the ratio n F^(n-1) gone?"),
-        Wrong("the second term's sign", by_n(lambda n: LOG(n) + (n - 1) / n),
-              "The logarithm of a rank between 0 and 1 is below 0. So what is the sign of its average?"),
-        Wrong("averaged under the reference", by_n(lambda n: LOG(n) - (n - 1)),
-              "This is below 0, which no KL can be. Whose texts are averaged over: does F of a best-of-n text have the density 1?"),
-        Wrong("the other direction", by_n(lambda n: n - 1 - LOG(n)),
-              "This is KL(pi_ref || best-of-n). Whose samples does KL(pi || pi_ref) average over? Or is your n upside down? A win rate of 3/4 must give n = 3."),
-        Wrong("the win rate taken for n", right_kl,
-              "This formula wants n, the number of samples. How often does the best of n + 1 samples come from the group of n?"),
-        Wrong("win rate (n-1)/n", by_n(right_kl, lambda w: 1 / (1 - w)),
-              "With n = 1 the two are equal, and one wins half the time. Does your win rate say so? Count the reference's sample among those that compete."),
-        Wrong("n independent duels", by_n(right_kl, lambda w: -LOG(1 - w) / LOG(2)),
-              "The n samples meet the same opponent: if it is good, they all lose. Which of n + 1 equally good samples is the best one?"),
-        Wrong("win rate n/(n+1), solved with a slip", by_n(right_kl, lambda w: (1 + w) / (1 - w)),
-              "Put w = 1/2 into your n. How many samples does one need to win half the time?"),
-        Wrong("the KL of win and loss", lambda w: w * LOG(2 * w) + (1 - w) * LOG(2 * (1 - w)),
-              "Between two coins, one for win and one for loss, this is right. But best-of-n changes also which winning texts appear."),
-        Wrong("log n less 1/n", by_n(lambda n: LOG(n) - 1 / n),
-              "With n = 1 nothing is chosen, so the KL must be 0. What is the average of log F under n F^(n-1), and what stands in front of it?"),
-        Wrong("the average of log F loses a factor", by_n(lambda n: LOG(n) - (n - 1) / n**2),
-              "The density n F^(n-1) has a factor n, and the integral of F^(n-1) log F is -1/n^2. What does their product give?"),
-        Wrong("bits, not nats", by_n(lambda n: right_kl(n) / LOG(2)),
-              "All KLs of the course are in nats: take the natural logarithm."),
-        Wrong("half", by_n(lambda n: right_kl(n) / 2),
-              "Try w = 3/4, which is best-of-3: log 3 - 2/3 = 0.4319."),
-        Wrong("zero", lambda w: sympy.Integer(0),
-              "Choosing the best of several changes which texts appear: only w = 1/2 costs nothing."),
+        Wrong("only log n", "- (n - 1) / n -> ", "Log n is the log-ratio of the very best text, where F = 1. What does (n - 1) log F average to?"),
+        Wrong("without log n", "return sympy.log(n) - -> return -", "A KL is never below 0. Where has the factor n of the ratio n F^(n-1) gone?"),
+        Wrong("the second term's sign", "- (n - 1) / n -> + (n - 1) / n", "The logarithm of a rank between 0 and 1 is below 0. So what is the sign of its average?"),
+        Wrong("averaged under the reference", "- (n - 1) / n -> - (n - 1)", "This is below 0, which no KL can be. Whose texts are averaged over: does F of a best-of-n text have the density 1?"),
+        Wrong("the other direction", "return sympy.log(n) - (n - 1) / n -> return n - 1 - sympy.log(n)", "This is KL(pi_ref || best-of-n). Whose samples does KL(pi || pi_ref) average over? Or is your n upside down? A win rate of 3/4 must give n = 3."),
+        Wrong("the win rate taken for n", "n = w / (1 - w) -> n = w", "This formula wants n, the number of samples. How often does the best of n + 1 samples come from the group of n?"),
+        Wrong("win rate (n-1)/n", "n = w / -> n = 1 /", "With n = 1 the two are equal, and one wins half the time. Does your win rate say so? Count the reference's sample among those that compete."),
+        Wrong("n independent duels", "n = w / (1 - w) -> n = -sympy.log(1 - w) / sympy.log(2)", "The n samples meet the same opponent: if it is good, they all lose. Which of n + 1 equally good samples is the best one?"),
+        Wrong("win rate n/(n+1), solved with a slip", "n = w / -> n = (1 + w) /", "Put w = 1/2 into your n. How many samples does one need to win half the time?"),
+        Wrong("the KL of win and loss", "result = w * sympy.log(2 * w) + (1 - w) * sympy.log(2 * (1 - w))", "Between two coins, one for win and one for loss, this is right. But best-of-n changes also which winning texts appear."),
+        Wrong("log n less 1/n", "(n - 1) / n -> 1 / n", "With n = 1 nothing is chosen, so the KL must be 0. What is the average of log F under n F^(n-1), and what stands in front of it?"),
+        Wrong("the average of log F loses a factor", "(n - 1) / n -> (n - 1) / n**2", "The density n F^(n-1) has a factor n, and the integral of F^(n-1) log F is -1/n^2. What does their product give?"),
     ),
-    others=(
-        lambda w: LOG(w) - LOG(1 - w) + 1 / w - 2,
-        lambda w: (1 - 2 * w) / w - LOG(1 / w - 1),
-    ),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=3,
-    minutes=9,
 )  # fmt: skip
-
-# --- 12.3 two methods at one KL ---
 
 
 def gap_cases(generator):
@@ -222,7 +170,7 @@ def gap_cases(generator):
     a, b = points(0.0, 2.0, 3.0, 4.0, 5.0), points(0.0, 3.0, 2.0, 4.0)
     high = min(a[0].max(), b[0].max())
     inner = sorted(torch.cat([a[0], b[0]]).tolist())[3]  # a point of one of them
-    cases.append((*a, *b, mixed(0.0, high, inner, 0.4 * high, 0.8 * high, high + 1, high + 30)))
+    cases.append((*a, *b, mixed(0.0, high, inner, inner, 0.4 * high, 0.8 * high, high + 1, high + 30)))
     a, b = points(3.0, 4.0, 6.0, 8.0, 4.0), points(0.5, 1.0, 2.0, 3.0, 2.0)
     low, high = a[0].min(), b[0].max()
     cases.append(
@@ -257,99 +205,6 @@ def gap_truth(kl_a: Tensor, reward_a: Tensor, kl_b: Tensor, reward_b: Tensor, at
     return torch.tensor(kept, dtype=torch.float64), torch.tensor(gaps, dtype=torch.float64)
 
 
-def in_order(kl, reward):
-    order = kl.argsort()
-    return kl[order], reward[order]
-
-
-def neighbours(kl, reward, at):
-    """KL and reward of the points on either side (of the last two beyond the ends)."""
-    kl, reward = in_order(kl, reward)
-    right = torch.searchsorted(kl, at).clamp(1, len(kl) - 1)
-    return kl[right - 1], kl[right], reward[right - 1], reward[right]
-
-
-def linear(kl, reward, at):
-    left, right, low, high = neighbours(kl, reward, at)
-    return low + (at - left) / (right - left) * (high - low)
-
-
-def level_ends(kl, reward, at):
-    return linear(kl, reward, at.clamp(kl.min(), kl.max()))
-
-
-def in_another_scale(scale):
-    return lambda kl, reward, at: linear(scale(kl), reward, scale(at))
-
-
-def between(pick):
-    """A value of the two neighbours, by (share of the way from left to right, left, right)."""
-
-    def along(kl, reward, at):
-        left, right, low, high = neighbours(kl, reward, at)
-        return pick((at - left) / (right - left), low, high)
-
-    return along
-
-
-def ends_only(kl, reward, at):
-    kl, reward = in_order(kl, reward)
-    return linear(kl[[0, -1]], reward[[0, -1]], at)
-
-
-def fitted_line(kl, reward, at):
-    slope = ((kl - kl.mean()) * (reward - reward.mean())).sum() / (kl - kl.mean()).square().sum()
-    return reward.mean() + slope * (at - kl.mean())
-
-
-def unsorted(kl, reward, at):
-    """Bisection in a list that is not sorted: whatever it finds."""
-    found = []
-    for k in at.tolist():
-        i = min(max(bisect.bisect_left(kl.tolist(), k), 1), len(kl) - 1)
-        share = (k - kl[i - 1]) / (kl[i] - kl[i - 1])
-        found.append(reward[i - 1] + share * (reward[i] - reward[i - 1]))
-    return torch.stack(found) if found else at.clone()
-
-
-def best_so_far(kl, reward, at):
-    kl, reward = in_order(kl, reward)
-    return linear(kl, reward.cummax(0).values, at)
-
-
-def common(kl_a, kl_b, at):
-    return (at >= max(kl_a.min(), kl_b.min())) & (at <= min(kl_a.max(), kl_b.max()))
-
-
-def comparison(along=linear, inside=common, gap=torch.sub, finish=lambda kept, gaps: (kept, gaps)):
-    """The right answer, in parts that can be exchanged."""
-
-    def answer(kl_a, reward_a, kl_b, reward_b, at):
-        kept = at[inside(kl_a, kl_b, at)]
-        return finish(kept, gap(along(kl_a, reward_a, kept), along(kl_b, reward_b, kept)))
-
-    return answer
-
-
-def everything(kl_a, kl_b, at):
-    return torch.ones_like(at, dtype=torch.bool)
-
-
-def zeros_outside(kl_a, reward_a, kl_b, reward_b, at):
-    gaps = linear(kl_a, reward_a, at) - linear(kl_b, reward_b, at)
-    return at, gaps * common(kl_a, kl_b, at)
-
-
-def nan_outside(kl_a, reward_a, kl_b, reward_b, at):
-    gaps = linear(kl_a, reward_a, at) - linear(kl_b, reward_b, at)
-    return at, gaps.where(common(kl_a, kl_b, at), math.nan)
-
-
-def mask_for_kept(kl_a, reward_a, kl_b, reward_b, at):
-    inside = common(kl_a, kl_b, at)
-    return inside, linear(kl_a, reward_a, at[inside]) - linear(kl_b, reward_b, at[inside])
-
-
 def one_target_at_a_time(kl_a, reward_a, kl_b, reward_b, at):
     def along(points, k):
         for (left, low), (right, high) in zip(points, points[1:]):
@@ -366,91 +221,56 @@ def one_target_at_a_time(kl_a, reward_a, kl_b, reward_b, at):
     return torch.tensor(kept, dtype=torch.float64), torch.tensor(gaps, dtype=torch.float64)
 
 
-def by_clamped_segments(kl, reward, at):
-    """The first reward plus every segment's rise, as far as it was walked."""
-    kl, reward = in_order(kl, reward)
-    walked = ((at[:, None] - kl[:-1]) / kl.diff()).clamp(0, 1)
-    return reward[0] + (walked * reward.diff()).sum(1)
+def gaps_at(kl_a, reward_a, kl_b, reward_b, at):
+    def along(kl, reward, k):
+        order = kl.argsort()
+        kl, reward = kl[order], reward[order]
+        right = torch.searchsorted(kl, k).clamp(min=1)
+        left = right - 1
+        share = (k - kl[left]) / (kl[right] - kl[left])
+        return reward[left] + share * (reward[right] - reward[left])
+
+    low = max(kl_a.min(), kl_b.min())
+    high = min(kl_a.max(), kl_b.max())
+    kept = at[(at >= low) & (at <= high)]
+    return kept, along(kl_a, reward_a, kept) - along(kl_b, reward_b, kept)
 
 
 GAPS = Exercise(
-    id="12.3",
-    title="Two methods at one KL",
-    kind="implement",
-    truth=gap_truth,
-    cases=gap_cases,
+    "12.3", "Two methods at one KL", "implement", difficulty=3, importance=4, minutes=10,
+    truth=gap_truth, cases=gap_cases, tolerance=1e-9,
+    right=(gaps_at, one_target_at_a_time,),
     wrong=(
-        Wrong("extrapolated", comparison(inside=everything),
-              "Beyond a method's last run nothing was measured, and a line knows nothing of where the reward collapses. Which KLs have both methods reached?"),
-        Wrong("the last reward goes on for ever", comparison(level_ends, everything),
-              "Beyond a method's last run nothing was measured. Must its reward stay where it was? Which KLs have both methods reached?"),
-        Wrong("zero outside the common range", zeros_outside,
+        Wrong("extrapolated", "at[(at >= low) & (at <= high)] -> at | .clamp(min=1) -> .clamp(1, len(kl) - 1)", "Beyond a method's last run nothing was measured, and a line knows nothing of where the reward collapses. Which KLs have both methods reached?"),
+        Wrong("the last reward goes on for ever", "at[(at >= low) & (at <= high)] -> at | order = kl.argsort() -> order, k = kl.argsort(), k.clamp(kl.min(), kl.max())", "Beyond a method's last run nothing was measured. Must its reward stay where it was? Which KLs have both methods reached?"),
+        Wrong("zero outside the common range", "at[(at >= low) & (at <= high)] -> at | .clamp(min=1) -> .clamp(1, len(kl) - 1) | along(kl_a, reward_a, kept) - along(kl_b, reward_b, kept) -> (along(kl_a, reward_a, kept) - along(kl_b, reward_b, kept)) * ((at >= low) & (at <= high))",
               "A gap of 0 says that the two are equally good. What do you know where one of them has no runs?"),
-        Wrong("not a number outside the common range", nan_outside,
+        Wrong("not a number outside the common range", "at[(at >= low) & (at <= high)] -> at | .clamp(min=1) -> .clamp(1, len(kl) - 1) | along(kl_a, reward_a, kept) - along(kl_b, reward_b, kept) -> (along(kl_a, reward_a, kept) - along(kl_b, reward_b, kept)).where((at >= low) & (at <= high), math.nan)",
               "Honest, but the task wants such KLs left out of both tensors."),
-        Wrong("only A's range counts", comparison(level_ends, lambda a, b, at: (at >= a.min()) & (at <= a.max())),
-              "To compare, both must have been measured there. What about B's range?"),
-        Wrong("only B's range counts", comparison(level_ends, lambda a, b, at: (at >= b.min()) & (at <= b.max())),
-              "To compare, both must have been measured there. What about A's range?"),
-        Wrong("only the upper end is looked at", comparison(level_ends, lambda a, b, at: at <= min(a.max(), b.max())),
-              "Not every sweep has a run close to the reference. What of the KLs below a method's first point?"),
-        Wrong("either range will do", comparison(level_ends, lambda a, b, at: (at >= min(a.min(), b.min())) & (at <= max(a.max(), b.max()))),
+        Wrong("only A's range counts", "(at >= low) & (at <= high) -> (at >= kl_a.min()) & (at <= kl_a.max()) | order = kl.argsort() -> order, k = kl.argsort(), k.clamp(kl.min(), kl.max())", "To compare, both must have been measured there. What about B's range?"),
+        Wrong("only B's range counts", "(at >= low) & (at <= high) -> (at >= kl_b.min()) & (at <= kl_b.max()) | order = kl.argsort() -> order, k = kl.argsort(), k.clamp(kl.min(), kl.max())", "To compare, both must have been measured there. What about A's range?"),
+        Wrong("only the upper end is looked at", "(at >= low) & (at <= high) -> at <= high | order = kl.argsort() -> order, k = kl.argsort(), k.clamp(kl.min(), kl.max())", "Not every sweep has a run close to the reference. What of the KLs below a method's first point?"),
+        Wrong("either range will do", "max(kl_a.min(), kl_b.min()) -> min(kl_a.min(), kl_b.min()) | min(kl_a.max(), kl_b.max()) -> max(kl_a.max(), kl_b.max()) | order = kl.argsort() -> order, k = kl.argsort(), k.clamp(kl.min(), kl.max())",
               "The common range begins where the later of the two begins. Which of min and max is it?"),
-        Wrong("the ends are left out", comparison(inside=lambda a, b, at: (at > max(a.min(), b.min())) & (at < min(a.max(), b.max()))),
-              "At the ends of the range one method has a measured point. Is that KL not the best known of all?"),
-        Wrong("B minus A", comparison(gap=lambda a, b: b - a),
-              "Where A is the better one, the gap must be above 0."),
-        Wrong("the absolute gap", comparison(gap=lambda a, b: (a - b).abs()),
-              "The sign says who is ahead, and it may change along the way."),
-        Wrong("not sorted by KL", comparison(unsorted),
-              "The points come in the order of the sweep, which need not be the order of their KLs. Who are a target's neighbours?"),
-        Wrong("KLs sorted without their rewards", comparison(lambda kl, r, at: linear(kl.sort().values, r, at)),
-              "Every reward belongs to its own KL. How do you bring both into the same order?"),
-        Wrong("the best reward so far", comparison(best_so_far),
-              "A method whose reward falls again at high KL is shown here without its fall. Use the points as they are."),
-        Wrong("the nearest point", comparison(between(lambda s, low, high: torch.where(s < 0.5, low, high))),
-              "The nearest run may have several nats more or less, which is just what an equal KL should rule out. What lies between two points?"),
-        Wrong("the point below", comparison(between(lambda s, low, high: torch.where(s < 1, low, high))),
-              "A run with less KL stands for this one, which makes the method look worse than it is. What lies between two points?"),
-        Wrong("the point above", comparison(between(lambda s, low, high: torch.where(s > 0, high, low))),
-              "A run with more KL stands for this one. What lies between two points?"),
-        Wrong("the middle of the two neighbours", comparison(between(lambda s, low, high: (low + high) / 2)),
-              "The nearer neighbour should count more. How far along the way is the target?"),
-        Wrong("the weights are swapped", comparison(between(lambda s, low, high: high + s * (low - high))),
-              "At the left point your value is the right point's reward. Which weight goes to which?"),
-        Wrong("a line from the first point to the last", comparison(ends_only),
-              "The points between the ends were measured too. Which two are a target's neighbours?"),
-        Wrong("a fitted line", comparison(fitted_line),
+        Wrong("the ends are left out", ">= low -> > low | <= high -> < high", "At the ends of the range one method has a measured point. Is that KL not the best known of all?"),
+        Wrong("not sorted by KL", "order = kl.argsort() -> order = torch.arange(len(kl)) | .clamp(min=1) -> .clamp(1, len(kl) - 1)", "The points come in the order of the sweep, which need not be the order of their KLs. Who are a target's neighbours?"),
+        Wrong("KLs sorted without their rewards", "reward[order] -> reward", "Every reward belongs to its own KL. How do you bring both into the same order?"),
+        Wrong("the best reward so far", "reward[order] -> reward[order].cummax(0).values", "A method whose reward falls again at high KL is shown here without its fall. Use the points as they are."),
+        Wrong("the nearest point", "reward[left] + share * (reward[right] - reward[left]) -> torch.where(share < 0.5, reward[left], reward[right])", "The nearest run may have several nats more or less, which is just what an equal KL should rule out. What lies between two points?"),
+        Wrong("the point below", "reward[left] + share * (reward[right] - reward[left]) -> torch.where(share < 1, reward[left], reward[right])", "A run with less KL stands for this one, which makes the method look worse than it is. What lies between two points?"),
+        Wrong("the point above", "reward[left] + share * (reward[right] - reward[left]) -> torch.where(share > 0, reward[right], reward[left])", "A run with more KL stands for this one. What lies between two points?"),
+        Wrong("the middle of the two neighbours", "share * (reward -> 0.5 * (reward", "The nearer neighbour should count more. How far along the way is the target?"),
+        Wrong("the weights are swapped", "reward[left] + share * (reward[right] - reward[left]) -> reward[right] + share * (reward[left] - reward[right])", "At the left point your value is the right point's reward. Which weight goes to which?"),
+        Wrong("a line from the first point to the last", "kl[order], reward[order] -> kl[order][[0, -1]], reward[order][[0, -1]]", "The points between the ends were measured too. Which two are a target's neighbours?"),
+        Wrong("a fitted line", "return reward[left] + share * (reward[right] - reward[left]) -> slope = ((kl - kl.mean()) * (reward - reward.mean())).sum() / (kl - kl.mean()).square().sum(); return reward.mean() + slope * (k - kl.mean())",
               "Reward is not linear in KL: the first nats buy more than the last. Stay between the two neighbours."),
-        Wrong("interpolated in the square root of KL", comparison(in_another_scale(torch.sqrt)),
-              "A defensible choice, but not the one asked for: a straight line from point to point in the plot against KL."),
-        Wrong("interpolated in the logarithm of KL", comparison(in_another_scale(lambda k: (k + 1e-12).log())),
-              "The reference has KL 0, and its logarithm is infinite. Draw a straight line in the plot against KL."),
-        Wrong("KL at equal reward", comparison(lambda kl, r, at: linear(r, kl, at)),
-              "You looked the target up among the rewards. Which axis is it on?"),
-        Wrong("gaps first, KLs second", comparison(finish=lambda kept, gaps: (gaps, kept)),
-              "The two tensors are the right ones in the other order."),
-        Wrong("a mask for the KLs", mask_for_kept,
-              "The first tensor holds the KLs themselves, those that are left."),
-        Wrong("the KLs sorted", comparison(finish=lambda kept, gaps: in_order(kept, gaps)),
-              "The targets keep the order in which they were given."),
-        Wrong("float32 in the middle", comparison(lambda kl, r, at: linear(kl.float(), r.float(), at.float()).double()),
-              "The numbers are float64; somewhere a float32 came in."),
-        Wrong("zeros", comparison(gap=lambda a, b: 0 * (a - b)),
-              "The gap is 0 only where the two curves cross."),
+        Wrong("interpolated in the square root of KL", "order = kl.argsort() -> kl, k = kl.sqrt(), k.sqrt(); order = kl.argsort()", "A defensible choice, but not the one asked for: a straight line from point to point in the plot against KL."),
+        Wrong("interpolated in the logarithm of KL", "order = kl.argsort() -> kl, k = (kl + 1e-12).log(), (k + 1e-12).log(); order = kl.argsort()", "The reference has KL 0, and its logarithm is infinite. Draw a straight line in the plot against KL."),
+        Wrong("KL at equal reward", "order = kl.argsort() -> kl, reward = reward, kl; order = kl.argsort() | .clamp(min=1) -> .clamp(1, len(kl) - 1)", "You looked the target up among the rewards. Which axis is it on?"),
+        Wrong("a mask for the KLs", "return kept, -> return (at >= low) & (at <= high),", "The first tensor holds the KLs themselves, those that are left."),
+        Wrong("the KLs sorted", "order = result[0].argsort(); result = (result[0][order], result[1][order])", "The targets keep the order in which they were given."),
     ),
-    others=(
-        one_target_at_a_time,
-        comparison(by_clamped_segments),
-        comparison(level_ends),
-    ),
-    tolerance=1e-9,
-    difficulty=3,
-    importance=4,
-    minutes=10,
 )  # fmt: skip
-
-# --- 12.4 a gap over seeds ---
 
 
 def seeds_cases(generator):
@@ -513,46 +333,6 @@ def seeds_truth(first: Tensor, second: Tensor):
     return mean, mean - half, mean + half
 
 
-def over_seeds(times=lambda n: t_quantile(n - 1), correction=1, divisor=math.sqrt):
-    """Mean and ends of one number a seed, with what can go wrong about it."""
-
-    def estimate(d):
-        half = times(len(d)) * d.std(correction=correction) / divisor(len(d))
-        return d.mean().item(), (d.mean() - half).item(), (d.mean() + half).item()
-
-    return estimate
-
-
-right_interval = over_seeds()
-
-
-def of_seed_gaps(estimate):
-    return lambda a, b: estimate((a - b).mean(1))
-
-
-def unpaired_seeds(a, b, freedom=lambda n: 2 * n - 2):
-    first, second = a.mean(1), b.mean(1)
-    half = t_quantile(freedom(len(a))) * ((first.var() + second.var()) / len(a)).sqrt()
-    mean = first.mean() - second.mean()
-    return mean.item(), (mean - half).item(), (mean + half).item()
-
-
-def ends_subtracted(a, b):
-    first, second = right_interval(a.mean(1)), right_interval(b.mean(1))
-    return tuple(x - y for x, y in zip(first, second))
-
-
-def worst_case(a, b):
-    first, second = right_interval(a.mean(1)), right_interval(b.mean(1))
-    return first[0] - second[0], first[1] - second[2], first[2] - second[1]
-
-
-def of_prompts(d, times=1.96):
-    if len(d) < 2:
-        return d.mean().item(), math.nan, math.nan
-    return over_seeds(lambda n: times)(d)
-
-
 def rounded_table(a, b):
     d = (a - b).mean(1).numpy()
     half = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706}[len(d) - 1]
@@ -567,78 +347,49 @@ def by_sums(a, b):
     return d.mean(), d.mean() - t_quantile(n - 1) * error, d.mean() + t_quantile(n - 1) * error
 
 
-SEEDS = Exercise(
-    id="12.4",
-    title="A gap over three seeds",
-    kind="implement",
-    truth=seeds_truth,
-    cases=seeds_cases,
-    wrong=(
-        Wrong("every text is counted", lambda a, b: of_prompts((a - b).flatten()),
-              "All texts of one run come from one training: if its seed was lucky, they all were. How many trainings have you seen?"),
-        Wrong("every text is counted, with 4.3027", lambda a, b: of_prompts((a - b).flatten(), 4.3027),
-              "All texts of one run come from one training: if its seed was lucky, they all were. How many trainings have you seen?"),
-        Wrong("prompts are counted, not seeds", lambda a, b: of_prompts((a - b).mean(0)),
-              "That is the interval of notebook 09, for other prompts and these very runs. The claim here is about what another training would give."),
-        Wrong("prompts are counted, not seeds, with 4.3027", lambda a, b: of_prompts((a - b).mean(0), 4.3027),
-              "The mean over seeds comes first and hides them: what is left is the scatter of prompts. What would another training give?"),
-        Wrong("1.96, as if there were many seeds", of_seed_gaps(over_seeds(lambda n: 1.96)),
-              "From a few seeds the standard deviation itself is badly known, and 1.96 does not know that. What is the table for?"),
-        Wrong("the table's row n", of_seed_gaps(over_seeds(lambda n: t_quantile(n))),
-              "One degree of freedom is spent on the mean. How many are left of n?"),
-        Wrong("the table's row for three seeds, always", of_seed_gaps(over_seeds(lambda n: 4.3027)),
-              "4.3027 is right for three seeds. The number of seeds is the number of rows: it may be another."),
-        Wrong("90%, not 95%", of_seed_gaps(over_seeds(lambda n: t_quantile(n - 1, 0.9))),
-              "This leaves five in a hundred out on each side. How many should be left out in all?"),
-        Wrong("unpaired", unpaired_seeds,
-              "Both runs of a seed had the same labelled completions; what these did to both must drop out. Of what is the standard deviation?"),
-        Wrong("unpaired, with the t of one method", lambda a, b: unpaired_seeds(a, b, lambda n: n - 1),
-              "Both runs of a seed had the same labelled completions; what these did to both must drop out. Of what is the standard deviation?"),
-        Wrong("the ends of two intervals subtracted", ends_subtracted,
-              "Intervals do not subtract end by end. Take the difference seed by seed first."),
-        Wrong("the worst case of two intervals", worst_case,
-              "Both methods unlucky in opposite directions is rare, so this is too wide. Take the difference seed by seed first."),
-        Wrong("second minus first", of_seed_gaps(lambda d: right_interval(-d)),
-              "Where the first method is better, the gap must be above 0."),
-        Wrong("divided by n in the variance", of_seed_gaps(over_seeds(correction=0)),
-              "With few seeds this matters much: their deviations are taken from their own mean. By what does a sample's variance divide?"),
-        Wrong("the standard deviation, not the standard error", of_seed_gaps(over_seeds(divisor=lambda n: 1)),
-              "This says where one more seed would probably lie. How sure is the mean of n of them?"),
-        Wrong("divided by n, not its root", of_seed_gaps(over_seeds(divisor=lambda n: n)),
-              "A mean's standard error falls with the square root of what was counted."),
-        Wrong("divided by the root of n - 1", of_seed_gaps(over_seeds(divisor=lambda n: math.sqrt(n - 1))),
-              "The variance has divided by n - 1 already. A mean's standard error then divides by the root of what?"),
-        Wrong("one standard error", of_seed_gaps(over_seeds(lambda n: 1.0)),
-              "One standard error either way is not 95%, and least of all with few seeds. What is the table for?"),
-        Wrong("half as wide", of_seed_gaps(over_seeds(lambda n: t_quantile(n - 1) / 2)),
-              "The table's number of standard errors is for each side, not for both together."),
-        Wrong("twice as wide", of_seed_gaps(over_seeds(lambda n: 2 * t_quantile(n - 1))),
-              "The table's number of standard errors is for each side: no further factor of 2."),
-        Wrong("from the worst seed to the best", of_seed_gaps(lambda d: (d.mean().item(), d.min().item(), d.max().item())),
-              "Three seeds' range leaves their true mean out one time in four. Use the standard error and the table."),
-        Wrong("the median seed", of_seed_gaps(lambda d: (d.median().item(), *right_interval(d)[1:])),
-              "The interval is about the mean of the seeds, so the mean belongs in its middle."),
-        Wrong("the best seed", of_seed_gaps(lambda d: (d.max().item(), *(e + d.max().item() - d.mean().item() for e in right_interval(d)[1:]))),
-              "Whoever picks the best of several seeds measures luck, and more of it with every seed."),
-        Wrong("absolute gaps", of_seed_gaps(lambda d: right_interval(d.abs())),
-              "A seed in which the first method was worse counts against it."),
-        Wrong("the relative gap", lambda a, b: right_interval(a.mean(1) / b.mean(1) - 1),
-              "The gap is a plain difference of two means."),
-        Wrong("half of the width, not the ends", of_seed_gaps(lambda d: (d.mean().item(), *[(right_interval(d)[2] - right_interval(d)[1]) / 2] * 2)),
-              "The second and third number are the ends of the interval, not its distance from the mean."),
-        Wrong("the ends are swapped", of_seed_gaps(lambda d: (right_interval(d)[0], right_interval(d)[2], right_interval(d)[1])),
-              "The lower end comes first: mean, low, high."),
-        Wrong("zero", lambda a, b: (0.0, 0.0, 0.0),
-              "Two methods that agree in every seed would give this."),
-    ),
-    others=(rounded_table, by_sums, of_seed_gaps(right_interval)),
-    tolerance=3e-5,
-    difficulty=2,
-    importance=5,
-    minutes=7,
-)  # fmt: skip
+T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469}
 
-# --- 12.5 which comparison is fair? ---
+
+def gap_over_seeds(first, second):
+    gaps = (first - second).mean(1)
+    n = len(gaps)
+    mean = gaps.mean().item()
+    half = T[n - 1] * gaps.std().item() / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+SEEDS = Exercise(
+    "12.4", "A gap over three seeds", "implement", difficulty=2, importance=5, minutes=7,
+    truth=seeds_truth, cases=seeds_cases, tolerance=3e-5,
+    right=(gap_over_seeds, rounded_table, by_sums,),
+    wrong=(
+        Wrong("every text is counted", ".mean(1) -> .flatten() | T[n - 1] -> 1.96", "All texts of one run come from one training: if its seed was lucky, they all were. How many trainings have you seen?"),
+        Wrong("every text is counted, with 4.3027", ".mean(1) -> .flatten() | T[n - 1] -> 4.3027", "All texts of one run come from one training: if its seed was lucky, they all were. How many trainings have you seen?"),
+        Wrong("prompts are counted, not seeds", ".mean(1) -> .mean(0) | T[n - 1] -> 1.96", "That is the interval of notebook 09, for other prompts and these very runs. The claim here is about what another training would give."),
+        Wrong("prompts are counted, not seeds, with 4.3027", ".mean(1) -> .mean(0) | T[n - 1] -> 4.3027", "The mean over seeds comes first and hides them: what is left is the scatter of prompts. What would another training give?"),
+        Wrong("1.96, as if there were many seeds", "T[n - 1] -> 1.96", "From a few seeds the standard deviation itself is badly known, and 1.96 does not know that. What is the table for?"),
+        Wrong("the table's row n", "T[n - 1] -> T[n]", "One degree of freedom is spent on the mean. How many are left of n?"),
+        Wrong("the table's row for three seeds, always", "T[n - 1] -> 4.3027", "4.3027 is right for three seeds. The number of seeds is the number of rows: it may be another."),
+        Wrong("90%, not 95%", "T[n - 1] -> t_quantile(n - 1, 0.9)", "This leaves five in a hundred out on each side. How many should be left out in all?"),
+        Wrong("unpaired", "gaps.std().item() -> (first.mean(1).var() + second.mean(1).var()).sqrt().item() | T[n - 1] -> t_quantile(2 * n - 2)", "Both runs of a seed had the same labelled completions; what these did to both must drop out. Of what is the standard deviation?"),
+        Wrong("unpaired, with the t of one method", "gaps.std().item() -> (first.mean(1).var() + second.mean(1).var()).sqrt().item()", "Both runs of a seed had the same labelled completions; what these did to both must drop out. Of what is the standard deviation?"),
+        Wrong("the ends of two intervals subtracted", "gaps.std().item() -> (first.mean(1).std() - second.mean(1).std()).item()", "Intervals do not subtract end by end. Take the difference seed by seed first."),
+        Wrong("the worst case of two intervals", "gaps.std().item() -> (first.mean(1).std() + second.mean(1).std()).item()", "Both methods unlucky in opposite directions is rare, so this is too wide. Take the difference seed by seed first."),
+        Wrong("divided by n in the variance", "gaps.std() -> gaps.std(correction=0)", "With few seeds this matters much: their deviations are taken from their own mean. By what does a sample's variance divide?"),
+        Wrong("the standard deviation, not the standard error", "/ math.sqrt(n) -> ", "This says where one more seed would probably lie. How sure is the mean of n of them?"),
+        Wrong("divided by n, not its root", "math.sqrt(n) -> n", "A mean's standard error falls with the square root of what was counted."),
+        Wrong("divided by the root of n - 1", "math.sqrt(n) -> math.sqrt(n - 1)", "The variance has divided by n - 1 already. A mean's standard error then divides by the root of what?"),
+        Wrong("one standard error", "T[n - 1] * -> ", "One standard error either way is not 95%, and least of all with few seeds. What is the table for?"),
+        Wrong("half as wide", "T[n - 1] -> T[n - 1] / 2", "The table's number of standard errors is for each side, not for both together."),
+        Wrong("twice as wide", "T[n - 1] -> 2 * T[n - 1]", "The table's number of standard errors is for each side: no further factor of 2."),
+        Wrong("from the worst seed to the best", "mean - half, mean + half -> gaps.min().item(), gaps.max().item()", "Three seeds' range leaves their true mean out one time in four. Use the standard error and the table."),
+        Wrong("the median seed", "return mean, -> return gaps.median().item(),", "The interval is about the mean of the seeds, so the mean belongs in its middle."),
+        Wrong("the best seed", "mean = gaps.mean().item() -> mean = gaps.max().item()", "Whoever picks the best of several seeds measures luck, and more of it with every seed."),
+        Wrong("absolute gaps", ".mean(1) -> .mean(1).abs()", "A seed in which the first method was worse counts against it."),
+        Wrong("the relative gap", "(first - second).mean(1) -> first.mean(1) / second.mean(1) - 1", "The gap is a plain difference of two means."),
+        Wrong("half of the width, not the ends", "mean - half, mean + half -> half, half", "The second and third number are the ends of the interval, not its distance from the mean."),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -721,44 +472,24 @@ def fairness_truth():
 
 
 FAIRNESS = Exercise(
-    id="12.5",
-    title="Seven comparisons, fair or not",
-    kind="diagnose",
-    truth=fairness_truth,
-    cases=lambda generator: [()],
+    "12.5", "Seven comparisons, fair or not", "diagnose", difficulty=2, importance=4, minutes=7,
+    truth=fairness_truth, cases=lambda generator: [()],
     wrong=(
-        Wrong("a completion is counted once for each of its pairs", lambda: {"Report 1": "passes"},
-              "In DPO's run each completion goes through the backward pass once, whatever the number of its pairs. How many are 600 times 4?"),
-        Wrong("pairs are counted, not completions", lambda: {"Report 1": "labels"},
-              "Six pairs of a prompt are made of how many completions? So many were judged, and in PPO's run the steps times the completions of one."),
-        Wrong("only what is trained on is counted as labelled", lambda: {"Report 2": "fair"},
-              "To find the best and the worst of sixteen, how many must be judged?"),
-        Wrong("labels are taken for passes", lambda: {"Report 2": "passes"},
-              "Two of sixteen completions are trained on: multiply out. What was spent more, then?"),
-        Wrong("labels that are not trained on do not count", lambda: {"Report 3": "labels"},
-              "The best of four is known only when all four are judged. How many labels is that?"),
-        Wrong("epochs are forgotten", lambda: {"Report 3": "passes"},
-              "600 completions, but how often does each go through the backward pass?"),
-        Wrong("a learned reward is the same as the true one", lambda: {"Report 4": "fair"},
-              "Which number is reported for PPO, and which did PPO climb? What would DPO have got by the same judge?"),
-        Wrong("a learned reward needs labels at every step", lambda: {"Report 4": "labels"},
-              "The reward model answers without asking for a true reward. Which labels was it fitted to?"),
-        Wrong("four epochs cost nothing", lambda: {"Report 5": "fair"},
-              "The completions of a rollout are judged once, but trained on how often?"),
-        Wrong("four epochs need new labels", lambda: {"Report 5": "labels"},
-              "Going over a rollout again asks for no new reward. What does it ask for?"),
-        Wrong("the budget is all that counts", lambda: {"Report 6": "fair"},
-              "Labels and passes agree. But who bought how many nats?"),
-        Wrong("labels of a reward model", lambda: {"Report 6": "labels"},
-              "The reward model answers without asking for a true reward. Multiply out labels and passes, then read on to the next column."),
-        Wrong("one run is enough", lambda: {"Report 7": "fair"},
-              "The interval over prompts speaks of one training. What would a second one have given?"),
-        Wrong("online means more labels", lambda: {"Report 7": "labels"},
-              "Multiply rounds, prompts and completions. How many labels does DPO have?"),
+        Wrong("a completion is counted once for each of its pairs", {"Report 1": "passes"}, "In DPO's run each completion goes through the backward pass once, whatever the number of its pairs. How many are 600 times 4?"),
+        Wrong("pairs are counted, not completions", {"Report 1": "labels"}, "Six pairs of a prompt are made of how many completions? So many were judged, and in PPO's run the steps times the completions of one."),
+        Wrong("only what is trained on is counted as labelled", {"Report 2": "fair"}, "To find the best and the worst of sixteen, how many must be judged?"),
+        Wrong("labels are taken for passes", {"Report 2": "passes"}, "Two of sixteen completions are trained on: multiply out. What was spent more, then?"),
+        Wrong("labels that are not trained on do not count", {"Report 3": "labels"}, "The best of four is known only when all four are judged. How many labels is that?"),
+        Wrong("epochs are forgotten", {"Report 3": "passes"}, "600 completions, but how often does each go through the backward pass?"),
+        Wrong("a learned reward is the same as the true one", {"Report 4": "fair"}, "Which number is reported for PPO, and which did PPO climb? What would DPO have got by the same judge?"),
+        Wrong("a learned reward needs labels at every step", {"Report 4": "labels"}, "The reward model answers without asking for a true reward. Which labels was it fitted to?"),
+        Wrong("four epochs cost nothing", {"Report 5": "fair"}, "The completions of a rollout are judged once, but trained on how often?"),
+        Wrong("four epochs need new labels", {"Report 5": "labels"}, "Going over a rollout again asks for no new reward. What does it ask for?"),
+        Wrong("the budget is all that counts", {"Report 6": "fair"}, "Labels and passes agree. But who bought how many nats?"),
+        Wrong("labels of a reward model", {"Report 6": "labels"}, "The reward model answers without asking for a true reward. Multiply out labels and passes, then read on to the next column."),
+        Wrong("one run is enough", {"Report 7": "fair"}, "The interval over prompts speaks of one training. What would a second one have given?"),
+        Wrong("online means more labels", {"Report 7": "labels"}, "Multiply rounds, prompts and completions. How many labels does DPO have?"),
     ),
-    difficulty=2,
-    importance=4,
-    minutes=7,
 )  # fmt: skip
 
 EXERCISES = (TANGENT, WIN_RATE_COST, GAPS, SEEDS, FAIRNESS)
