@@ -24,6 +24,14 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 
 
+def named_folder(name: str) -> Path | None:
+    """Where a model with a name of ours lies, None for any other: "embedded" ships, "smollm2" is in
+    the user's cache once `dpo-mini fetch smollm2` has put it there.
+    """
+    cache = Path(os.environ.get("DPO_MINI_CACHE", "~/.cache/dpo_mini")).expanduser()
+    return {EMBEDDED: EMBEDDED_FOLDER / "model", "smollm2": cache / "smollm2"}.get(str(name))
+
+
 def load_model(name=EMBEDDED, auto_class=None):
     """A causal language model and its tokenizer, float32, without dropout, in evaluation mode.
 
@@ -36,7 +44,9 @@ def load_model(name=EMBEDDED, auto_class=None):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar a tensor is no news
-    folder = EMBEDDED_FOLDER / "model" if name == EMBEDDED else name
+    folder = named_folder(name) or name
+    if folder != name and not folder.is_dir():
+        raise HubError(f"{name} is not on this computer yet: `dpo-mini fetch {name}` brings it.")
     auto_class = auto_class or AutoModelForCausalLM
     if (Path(folder) / "adapter_config.json").exists():
         model, tokenizer = load_adapted(Path(folder), auto_class)
@@ -249,6 +259,11 @@ def import_peft():
 def merged(model):
     """The model with its adapters, if any, added into its weights: it loads like any other."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def prompt_prefix(model) -> str:
+    """What every plain prompt of this model begins with: "" for most, kept in its configuration."""
+    return getattr(model.config, "prompt_prefix", "")
 
 
 def context_length(model) -> int:
