@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dpo_mini.data import DataError
 from dpo_mini.exactness import (
-    base,
     body_and_head,
     check_defined,
     difference,
@@ -22,6 +20,7 @@ from dpo_mini.exactness import (
     say_once,
 )
 from dpo_mini.logprobs import sequence_logps
+from dpo_mini.models import check_ids
 from dpo_mini.tokens import Batch, collate
 
 Rows = Sequence[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
@@ -46,26 +45,12 @@ def completion_logps(model, rows: Rows) -> Tensor:
     """
     model.eval()
     different, index = different_rows(rows)
-    check_ids(model, different)
+    for prompt, completion in different:
+        check_ids(model, prompt)
+        check_ids(model, completion)
     check_defined(model, max((p + c for p, c in different), key=len))
     logps = exact_reader(model, different)(model, different)
     return logps[index.to(logps.device)]
-
-
-def check_ids(model, rows: Rows) -> None:
-    """Raises DataError for an empty prompt or completion, or an id outside the embedding."""
-    known = base(model).get_input_embeddings().weight.shape[0]
-    for prompt, completion in rows:
-        if not prompt or not completion:
-            raise DataError(
-                "a prompt or a completion has no tokens: nothing to predict from or of."
-            )
-        least, most = min(min(prompt), min(completion)), max(max(prompt), max(completion))
-        if least < 0 or most >= known:
-            raise DataError(
-                f"a row holds the token id {least if least < 0 else most}; the model knows 0 to "
-                f"{known - 1}. Were the ids made with another model's tokenizer?"
-            )
 
 
 # --- four readers: a model and rows in, log-probabilities [rows] out ---

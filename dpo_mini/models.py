@@ -6,11 +6,13 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from dpo_mini.data import DataError
 from dpo_mini.hub import HubError, local_or_hub
 from dpo_mini.settings import SettingsError, check_whole
 
@@ -276,6 +278,18 @@ def context_length(model) -> int:
     before = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     unused = 0 if before is None else before + 1  # RoBERTa's first position is the third of 514
     return lengths[0] - unused if lengths else ANY_LENGTH
+
+
+def check_ids(model, ids: Sequence[int]) -> None:
+    """Raises DataError where there are no ids, or one that the model has no embedding for."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if not ids:
+        raise DataError("a prompt or a completion has no tokens: nothing to predict from, or of.")
+    if min(ids) < 0 or max(ids) >= known:
+        raise DataError(
+            f"the token id {min(ids) if min(ids) < 0 else max(ids)} is unknown to the model, which "
+            f"knows 0 to {known - 1}. Were the ids made with another model's tokenizer?"
+        )
 
 
 def same_tokenizer(one, other) -> bool:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dpo_mini.data import DataError, Text
 from dpo_mini.exactness import base, check_defined, difference, reason_against, say_once
-from dpo_mini.models import context_length
+from dpo_mini.models import check_ids, context_length
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_real, check_whole
 from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
@@ -121,6 +121,8 @@ def continuations(
     model.eval()
     if len(u) == 0:
         return [[] for _ in prompts]
+    for ids in prompts:
+        check_ids(model, ids)
     longest, shortest = max(prompts, key=len), min(prompts, key=len)
     check_defined(model, [*longest, 0])
     reason = reason_against(

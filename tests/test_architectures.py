@@ -273,8 +273,8 @@ def test_trials_are_kept_by_size():
 
     assert outcome((40, 30), "") == "" and outcome((40, 20), "") == "" == outcome((10, 10), "")
     assert outcome((80, 30), "wrong") == "wrong" == outcome((90, 50), "")
-    assert outcome((60, 25), "") == ""
-    assert asked == [(40, 30), (80, 30), (60, 25)]
+    assert outcome((60, 25), "") == "" == outcome((30, 35), "")  # longer in one of the two lengths
+    assert asked == [(40, 30), (80, 30), (60, 25), (30, 35)]
 
 
 def test_there_are_enough_architectures():

@@ -190,6 +190,11 @@ def test_generate_draws_the_same_tokens_and_keeps_no_settings_of_the_model(any_m
     assert any_model.generation_config is before
 
 
+def test_ids_of_another_models_tokenizer_are_refused(gpt2):
+    with pytest.raises(ValueError, match="97 is unknown to the model, which knows 0 to 96"):
+        continuations(gpt2, [[1, 97]], torch.zeros(2, 1))
+
+
 def test_dropout_does_not_touch_a_sample(gpt2):
     u = torch.rand(8, 4, generator=torch.Generator().manual_seed(2))
     expected = continuations(gpt2, PROMPTS, u)
