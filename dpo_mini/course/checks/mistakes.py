@@ -533,7 +533,7 @@ def of_logic(node):
 
 def of_call(node):
     name = called(node)
-    if isinstance(node.func, ast.Attribute) and not getattr(node.func.value, "id", "") in ("torch", "math", "F", "sympy"):
+    if isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") not in ("torch", "math", "F", "sympy"):
         if not isinstance(node.func.value, ast.Attribute):
             yield "a step is left out", node.func.value
     for argument in node.args[:3]:
