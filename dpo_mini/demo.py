@@ -11,7 +11,14 @@ from dpo_mini.curation import sampled_pairs
 from dpo_mini.data import PreferencePair, preference_pairs, read_rows, write_jsonl
 from dpo_mini.evaluation import distinct_n, evaluate, held_out_accuracy, sequence_kl
 from dpo_mini.losses import PairLogps, dpo_loss, preference_metrics
-from dpo_mini.models import EMBEDDED, context_length, load_model, model_card, save_model
+from dpo_mini.models import (
+    EMBEDDED,
+    context_length,
+    load_model,
+    model_card,
+    prompt_prefix,
+    save_model,
+)
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
@@ -23,6 +30,10 @@ from dpo_mini.training import train_preferences
 # learning rate far above a large one's, and a beta that keeps the KL under ten nats with it.
 DEMO_CONFIG = TrainingConfig(
     steps=275, batch_size=24, block_size=6, learning_rate=2e-4, warmup_steps=10, monitor_every=55
+)
+# A model of a hundred million parameters learns from fewer pairs, at a rate four times smaller.
+REAL_DEMO_CONFIG = TrainingConfig(
+    steps=64, batch_size=24, block_size=6, learning_rate=5e-5, warmup_steps=10, monitor_every=32
 )
 
 
@@ -59,10 +70,12 @@ def sample_monitor(
 
 def demo(
     output="runs/demo", *,
-    prompts=1100, held_out=256, samples=4, max_new_tokens=32, beta=0.45, config=DEMO_CONFIG,
-    resume=False, progress=True,
+    model=EMBEDDED, prompts=1100, held_out=256, samples=4, max_new_tokens=32, beta=0.45,
+    config=DEMO_CONFIG, resume=False, progress=True,
 ) -> dict:  # fmt: skip
     """Turn a model that writes any review into one that writes positive ones; returns the report.
+
+    `model`: as in `load_model`. The prompts are the embedded ones, behind the model's own prefix.
 
     Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl,
     training.png and before_after.png. With `resume`, what an interrupted run wrote is used.
@@ -70,10 +83,11 @@ def demo(
     """
     check_demo(prompts, held_out, samples, max_new_tokens, beta)
     output = Path(output)
-    (policy, tokenizer), (reference, _) = load_model(), load_model()
+    (policy, tokenizer), (reference, _) = load_model(model), load_model(model)
     reward, judge = load_reward(), load_judge()
-    train_prompts = load_prompts("train")[:prompts]
-    test_prompts = load_prompts("held_out")[:held_out]
+    prefix = prompt_prefix(reference)
+    train_prompts = [prefix + prompt for prompt in load_prompts("train")[:prompts]]
+    test_prompts = [prefix + prompt for prompt in load_prompts("held_out")[:held_out]]
 
     def kept_pairs(name: str, its_prompts: list[str], seed: int) -> list[PreferencePair]:
         path = output / f"{name}.jsonl"
@@ -106,7 +120,8 @@ def demo(
     }  # fmt: skip
     losses = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"]}
     report = losses | report | {"settings": settings}
-    save_model(policy, tokenizer, output, model_card(EMBEDDED, "pairs.jsonl", settings, report))
+    base = Path(model).name if Path(model).is_dir() else model  # no paths in a card
+    save_model(policy, tokenizer, output, model_card(base, "pairs.jsonl", settings, report))
     write_results(output, report, rows, log)
     return report
 

@@ -68,7 +68,7 @@ TRAINING_HELP = {
     "schedule": "learning rate after the warm-up: constant, linear or cosine",
     "weight_decay": "of AdamW",
     "max_grad_norm": "a longer gradient is scaled down to this length",
-    "bf16": "bfloat16 autocast (by default on a CUDA GPU only)",
+    "bf16": "bfloat16 autocast (by default from 20 million parameters on, where it is faster)",
     "checkpoint_every": "steps between checkpoints",
     "monitor_every": "steps between measurements on held-out prompts",
 }

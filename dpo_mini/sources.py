@@ -94,13 +94,16 @@ def begins_one_of(prompt: str, texts: list[str]) -> bool:
     return place < len(texts) and texts[place].startswith(prompt)
 
 
-def as_asked(options, prompts, tokenizer) -> list:
-    """The prompts as the model is to read them: with --chat each as a user's message.
+def as_asked(options, prompts, model, tokenizer) -> list:
+    """The prompts as the model is to read them: with --chat each as a user's message, otherwise
+    behind the model's own prefix.
 
     Raises DataError where the tokenizer has no chat template.
     """
+    from dpo_mini.models import prompt_prefix
+
     if not options.chat:
-        return list(prompts)
+        return [prompt_prefix(model) + prompt for prompt in prompts]
     if not tokenizer.chat_template:
         raise DataError(f"{options.model} has no chat template: leave out --chat.")
     return [[{"role": "user", "content": prompt}] for prompt in prompts]

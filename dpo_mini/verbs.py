@@ -101,30 +101,45 @@ class PromptOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(TrainingOptions, OutputOptions):
-    """align the embedded model: sample, label, train, evaluate (minutes, no network)"""
+    """align a model, the embedded one by default: sample, label, train, evaluate (minutes)"""
 
-    n_prompts: int = option(1100, "training prompts")
-    held_out: int = option(256, "held-out prompts to evaluate on")
-    beta: float = option(0.45, BETA, above=0)
+    model: str = option("embedded", MODEL)
+    n_prompts: int | None = option(None, "training prompts (default: 1100; of a real model 256)")
+    held_out: int | None = option(
+        None, "held-out prompts to evaluate on (default: 256; of a real model 128)"
+    )
+    beta: float | None = option(
+        None, f"{BETA} (default: 0.45; of a real model 0.1)", above=0
+    )
     output: str = option("runs/demo", OUTPUT)
-    DEFAULTS: ClassVar = {
-        "steps": 275, "batch_size": 24, "block_size": 6, "learning_rate": 2e-4, "monitor_every": 55,
-    }  # fmt: skip
+    DERIVED: ClassVar = dict.fromkeys(
+        ("steps", "batch_size", "block_size", "learning_rate", "monitor_every"),
+        "by the model's size",
+    )
     WITHOUT: ClassVar = ()
 
     def run(self) -> dict:
         from dpo_mini.data import read_rows
-        from dpo_mini.demo import demo
+        from dpo_mini.demo import DEMO_CONFIG, REAL_DEMO_CONFIG, demo
+        from dpo_mini.models import SMALL, load_model
 
-        folder = prepare_folder(
-            self.output, overwrite=self.overwrite, resume=self.resume, can_resume=True, model=True
-        )
+        folder = training_output(self)
+        model, _ = load_model(self.model)
+        if model.num_parameters() < SMALL:
+            usual = {"prompts": 1100, "held_out": 256, "beta": 0.45, "max_new_tokens": 32}
+            config = self.config(**{**asdict(DEMO_CONFIG), "seed": self.seed})
+        else:
+            usual = {"prompts": 256, "held_out": 128, "beta": 0.1, "max_new_tokens": 40}
+            precision = in_bfloat16_where_it_pays(self, model)
+            config = self.config(**{**asdict(REAL_DEMO_CONFIG), "seed": self.seed, **precision})
+        given = {"prompts": self.n_prompts, "held_out": self.held_out, "beta": self.beta}
+        usual |= {name: value for name, value in given.items() if value is not None}
         if not self.resume:
             empty_of_earlier_run(folder, MODEL_FILES + TRAINING_FILES)
         say(self, "Sampling completions, labelling pairs, training with DPO, evaluating.")
         report = demo(
-            folder, prompts=self.n_prompts, held_out=self.held_out, beta=self.beta,
-            config=self.config(), resume=self.resume, progress=not self.json,
+            folder, model=self.model, **usual, config=config, resume=self.resume,
+            progress=not self.json,
         )  # fmt: skip
         if not self.json:
             rows = read_rows(folder / "samples.jsonl")
@@ -158,7 +173,7 @@ class Sft(TrainingOptions, OutputOptions):
         items = text_items(texts, tokenizer, min(self.max_length, context_length(model)))
         batch_size = self.config().batch_size
         steps = max(1, len(items) // batch_size)
-        config = self.config(steps=steps, **in_bfloat16_on_a_gpu(model))
+        config = self.config(steps=steps, **in_bfloat16_where_it_pays(self, model))
         base = shown_name(self.model), weights_digest(model)
         model = with_lora(model, self.lora, self.seed)
         if not self.resume:
@@ -192,7 +207,7 @@ class Pairs(PromptOptions, OutputOptions):
         model, tokenizer = load_model(self.model)
         reward = load_reward(self.reward, self.positive)
         prompts, _ = chosen_prompts(self, tokenizer, self.split, held_out=False)
-        prompts = as_asked(self, prompts, tokenizer)
+        prompts = as_asked(self, prompts, model, tokenizer)
         pairs, ties = sampled_pairs(
             model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
             self.labels, self.seed, not self.json,
@@ -268,7 +283,7 @@ class Train(TrainingOptions, OutputOptions):
         model, tokenizer = load_model(self.model)
         pairs = self.tokenized(model, tokenizer)
         block_size = shared_prompt_block(pairs)
-        config = self.config(block_size=block_size, **in_bfloat16_on_a_gpu(model))
+        config = self.config(block_size=block_size, **in_bfloat16_where_it_pays(self, model))
         base = shown_name(self.model), weights_digest(model)
         model = with_lora(model, self.lora, self.seed)
         if not self.resume:
@@ -360,7 +375,7 @@ class Evaluate(PromptOptions, OutputOptions):
         policy, reference, tokenizer = self.models()
         reward = load_reward(self.reward, self.positive)
         prompts, heading = chosen_prompts(self, tokenizer, self.split, held_out=True)
-        prompts = as_asked(self, prompts, tokenizer)
+        prompts = as_asked(self, prompts, policy, tokenizer)
         accuracy = self.pair_accuracy(policy, reference, tokenizer) if self.pairs else {}
         report, rows = evaluate(
             policy, reference, tokenizer, prompts, reward, load_judge(), self.samples,
@@ -390,7 +405,7 @@ class Sample(SamplingOptions):
         model, tokenizer = load_model(self.model)
         reward = load_reward(self.reward, self.positive)
         asked = self.prompt or ("This movie", "I watched this", "The acting")
-        prompts = as_asked(self, asked, tokenizer)
+        prompts = as_asked(self, asked, model, tokenizer)
         drawn = sample_completions(
             model, tokenizer, prompts, self.samples, self.max_new_tokens, self.temperature,
             self.seed,
@@ -604,9 +619,21 @@ class Env(Options):
         return report
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Options):
+    """download a real model, SmolLM2-135M-Instruct, once: then --model smollm2 names it"""
+
+    model: str = option("smollm2", "which one; there is smollm2")
+
+    def run(self) -> dict:
+        from dpo_mini.fetch import fetch
+
+        return {"folder": str(fetch(self.model, lambda text: say(self, text)))}
+
+
 VERBS = {
     "demo": Demo, "sft": Sft, "pairs": Pairs, "train": Train, "evaluate": Evaluate,
-    "sample": Sample, "cool": Cool, "lab": Lab, "env": Env,
+    "sample": Sample, "fetch": Fetch, "cool": Cool, "lab": Lab, "env": Env,
     "pretrain": Pretrain, "judges": Judges, "prompts": Prompts,
 }  # fmt: skip
 
@@ -623,8 +650,16 @@ def training_output(options) -> Path:
     )  # fmt: skip
 
 
-def in_bfloat16_on_a_gpu(model) -> dict:
-    return {"bf16": model.device.type == "cuda"}
+def in_bfloat16_where_it_pays(options, model) -> dict:
+    """The precision that a verb chooses by itself: bfloat16 for a model that is not small, where
+    the processor is faster in it. Said in a line, since the numbers differ by rounding.
+    """
+    from dpo_mini.models import SMALL, bfloat16_pays
+
+    bf16 = model.num_parameters() >= SMALL and bfloat16_pays(model.device.type)
+    if bf16 and "bf16" not in options.settings:
+        say(options, "Training in bfloat16, which is faster here (--no-bf16: float32).")
+    return {"bf16": bf16}
 
 
 def finish_training(options, model, tokenizer, log, data, base, settings) -> dict:

@@ -113,7 +113,8 @@ def test_filters_read_conversations_too():
 
 
 def test_prefixes_never_cut_a_character(tokenizer):
-    texts = ["这部电影很好看，我喜欢它。", "とても面白い映画でした。", "👩‍👧 émigré", "a plain text"]
+    texts = ["这部电影很好看，我喜欢它。", "とても面白い映画でした。"]
+    texts += ["👩‍👧 émigré", "a plain text"]
     for n in (1, 2, 3):
         prompts = curation.prefixes(texts, tokenizer, 4, low=n, high=n)
         for prompt in prompts:

@@ -1,5 +1,6 @@
 """The house itself: imports stay light, what ships is small and documented."""
 
+import ast
 import json
 import re
 import subprocess
@@ -54,12 +55,23 @@ def test_prompts_are_short_different_and_apart(tokenizer):
     assert all(3 <= len(tokenizer(p)["input_ids"]) <= 9 for p in train + held_out)  # with BOS
 
 
+def code_lines(path):
+    """Lines of code, without docstrings, comments and blank lines: those are for the reader."""
+    text = path.read_text(encoding="utf-8")
+    said = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            said |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    rows = enumerate(text.splitlines(), start=1)
+    return sum(bool(row.strip()) and row.strip()[0] != "#" and i not in said for i, row in rows)
+
+
 def test_the_library_is_read_in_one_sitting():
     roof = ("cli", "verbs", "sources", "options", "outputs", "console", "__main__")
-    library = [p for p in (ROOT / "dpo_mini").glob("*.py") if p.stem not in roof]
-    lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
-    assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 400, lines
-    assert sum(lines.values()) < 3000, lines
+    lines = {p.stem: code_lines(p) for p in (ROOT / "dpo_mini").glob("*.py")}
+    assert lines["losses"] + lines["logprobs"] + lines["training"] < 300, lines
+    assert sum(n for room, n in lines.items() if room not in roof) < 3400, lines
+    assert sum(n for room, n in lines.items() if room in roof) < 950, lines
 
 
 @pytest.mark.parametrize(
