@@ -204,13 +204,15 @@ def test_sequence_kl_holds_few_logits_and_none_of_the_prompts(monkeypatch):
     with Largest() as largest:
         sequence_kl(policy, reference, completions)
     assert sum(shape[0] * (shape[1] - 1) for shape in positions) == 2 * 64 * 4
-    assert largest.numbers <= budget
+    assert largest.numbers <= budget and 0 < largest.softmax <= budget // 8
 
 
 class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor has that any operation made (weights aside)."""
+    """How many numbers the largest tensor has that any operation made (weights aside), and the
+    largest that a log softmax made, of which several copies are held at once.
+    """
 
-    numbers = 0
+    numbers = softmax = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -220,6 +222,8 @@ class Largest(TorchDispatchMode):
             and "t.default" not in str(function)
         ):
             self.numbers = max(self.numbers, result.numel())
+        if "log_softmax" in str(function):
+            self.softmax = max(self.softmax, result.numel())
         return result
 
 
