@@ -394,6 +394,8 @@ def one_line(text: str) -> str:
 
 
 def interval(estimate: dict) -> str:
+    if estimate["low"] is None:
+        return "one prompt: no interval"
     return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 

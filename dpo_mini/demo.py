@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from dpo_mini.checkpoints import TrainingError
+from dpo_mini.checkpoints import TrainingError, written_aside
 from dpo_mini.curation import sampled_pairs
-from dpo_mini.data import preference_pairs, read_rows, write_jsonl
+from dpo_mini.data import PreferencePair, preference_pairs, read_rows, write_jsonl
 from dpo_mini.evaluation import distinct_n, evaluate, held_out_accuracy, sequence_kl
 from dpo_mini.losses import PairLogps, dpo_loss, preference_metrics
 from dpo_mini.models import EMBEDDED, context_length, load_model, model_card, save_model
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
-from dpo_mini.settings import TrainingConfig
+from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, TrainingConfig, check_real, check_whole
 from dpo_mini.tokens import tokenize_pairs
 from dpo_mini.training import train_preferences
 
@@ -66,59 +66,83 @@ def demo(
 
     Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl,
     training.png and before_after.png. With `resume`, what an interrupted run wrote is used.
+    Raises SettingsError for a number out of range, before any work.
     """
-    from dpo_mini.course.plots import before_after_figure, training_figure
-
+    check_demo(prompts, held_out, samples, max_new_tokens, beta)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    policy, tokenizer = load_model()
-    reference, _ = load_model()
+    (policy, tokenizer), (reference, _) = load_model(), load_model()
     reward, judge = load_reward(), load_judge()
+    train_prompts = load_prompts("train")[:prompts]
     test_prompts = load_prompts("held_out")[:held_out]
 
-    def pairs_of(name, its_prompts, seed):
+    def kept_pairs(name: str, its_prompts: list[str], seed: int) -> list[PreferencePair]:
         path = output / f"{name}.jsonl"
         if not (resume and path.exists()):
             pairs, _ = sampled_pairs(
                 reference, tokenizer, its_prompts, reward, samples, max_new_tokens,
                 seed=seed, progress=progress,
             )  # fmt: skip
-            write_jsonl(path, pairs)
-        pairs = preference_pairs(read_rows(path))
-        if {pair.prompt for pair in pairs} != set(its_prompts):
-            raise TrainingError(
-                f"{path} has the pairs of another run's prompts. Start in another folder."
-            )
-        return pairs
+            with written_aside(path) as partial:  # --resume would use a file half written
+                write_jsonl(partial, pairs)
+        return pairs_of_prompts(path, its_prompts)
 
-    pairs = pairs_of("pairs", load_prompts("train")[:prompts], config.seed)
-    test_pairs = pairs_of("held_out_pairs", test_prompts, config.seed + 1000)
-
-    length = context_length(policy)
+    pairs = kept_pairs("pairs", train_prompts, config.seed)
+    test_pairs = kept_pairs("held_out_pairs", test_prompts, config.seed + 1000)
     log = train_preferences(
-        policy, tokenize_pairs(pairs, tokenizer, length), config, beta=beta,
+        policy, tokenize_pairs(pairs, tokenizer, context_length(policy)), config, beta=beta,
         output=output, resume=resume, progress=progress,
         monitor=sample_monitor(
             reference, tokenizer, test_prompts[:64], reward, judge, max_new_tokens=max_new_tokens
         ),
     )  # fmt: skip
-
     report, rows = evaluate(
         policy, reference, tokenizer, test_prompts, reward, judge, 1, max_new_tokens,
         progress=progress,
     )  # fmt: skip
-    tokenized = tokenize_pairs(test_pairs, tokenizer, length)
-    logps = [reference_logps(model, tokenized) for model in (policy, reference)]
-    report |= held_out_accuracy(*logps, test_pairs, beta)
-    settings = {"beta": beta, "prompts": prompts, "samples": samples, "pairs": len(pairs)}
-    settings |= {"max_new_tokens": max_new_tokens, **asdict(config), "torch": torch.__version__}
+    report |= accuracy_of(policy, reference, tokenizer, test_pairs, beta)
+    settings = {
+        "beta": beta, "prompts": len(train_prompts), "samples": samples, "pairs": len(pairs),
+        "max_new_tokens": max_new_tokens, **asdict(config), "torch": torch.__version__,
+    }  # fmt: skip
     losses = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"]}
-    report = {**losses, **report, "settings": settings}
-
+    report = losses | report | {"settings": settings}
     save_model(policy, tokenizer, output, model_card(EMBEDDED, "pairs.jsonl", settings, report))
+    write_results(output, report, rows, log)
+    return report
+
+
+def check_demo(prompts, held_out, samples, max_new_tokens, beta) -> None:
+    """Raise SettingsError for a number that `demo` cannot run with."""
+    check_whole("prompts", prompts, 1, MOST_ITEMS, "Try 1100.")
+    check_whole("held_out", held_out, 1, MOST_ITEMS, "Try 256.")
+    check_whole("samples", samples, 2, MOST_ITEMS, "Try 4: a pair needs two.")
+    check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 32.")
+    check_real("beta", beta, 0, "Try 0.45.", above=True)
+
+
+def pairs_of_prompts(path: Path, prompts: list[str]) -> list[PreferencePair]:
+    """The pairs in a file. Raises TrainingError where they are not those of `prompts`."""
+    pairs = preference_pairs(read_rows(path))
+    if {pair.prompt for pair in pairs} != set(prompts):
+        raise TrainingError(
+            f"{path} has the pairs of another run's prompts. Start in another folder."
+        )
+    return pairs
+
+
+def accuracy_of(policy, reference, tokenizer, pairs: list[PreferencePair], beta: float) -> dict:
+    """How many held-out pairs the policy ranks rightly: see `held_out_accuracy`."""
+    tokenized = tokenize_pairs(pairs, tokenizer, context_length(policy))
+    logps = [reference_logps(model, tokenized) for model in (policy, reference)]
+    return held_out_accuracy(*logps, pairs, beta)
+
+
+def write_results(output: Path, report: dict, rows: list[dict], log: list[dict]) -> None:
+    """The report first, and the figures last: what fails later loses nothing."""
+    from dpo_mini.course.plots import before_after_figure, training_figure
+
+    (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     write_jsonl(output / "samples.jsonl", rows)
     write_jsonl(output / "log.jsonl", log)
     training_figure(log).savefig(output / "training.png", dpi=110)
     before_after_figure(rows).savefig(output / "before_after.png", dpi=110)
-    (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return report

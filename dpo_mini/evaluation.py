@@ -6,21 +6,36 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from inspect import signature
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dpo_mini.data import DataError
 from dpo_mini.sampling import Completion, sample_completions
-from dpo_mini.tokens import collate
+from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_whole
+from dpo_mini.tokens import Batch, collate
 
 
 class Estimate(NamedTuple):
-    """A mean and the ends of its 95% confidence interval."""
+    """A mean and the ends of its 95% confidence interval.
+
+    The ends are None where a mean has no interval: from one prompt nothing is known of how much
+    prompts differ.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:.3f} (one prompt: no interval)"
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+Z = 1.96  # standard errors on either side of a mean that hold 95% of a normal distribution
 
 
 def mean_interval(values: Tensor, groups: Sequence | None = None) -> Estimate:
@@ -28,35 +43,64 @@ def mean_interval(values: Tensor, groups: Sequence | None = None) -> Estimate:
 
     `groups` [n]: values of one group (completions of one prompt, pairs of one prompt) are not
     independent, so that groups are what is counted: the standard error is that of a ratio of group
-    sums.
+    sums. With one group there is no interval; with fewer than some twenty it is too narrow.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
-    mean = values.mean()
-    _, index = torch.unique(
-        torch.tensor(groups if groups is not None else range(len(values))), return_inverse=True
-    )
+    count, error = groups_and_error(values, groups)
+    mean = float(values.mean())
+    if count < 2:
+        return Estimate(mean, None, None)
+    return Estimate(mean, mean - Z * error, mean + Z * error)
+
+
+def groups_and_error(values: Tensor, groups: Sequence | None = None) -> tuple[int, float]:
+    """How many groups there are, and the standard error of the mean of `values` [n], float64."""
+    if groups is None:
+        groups = range(len(values))
+    _, index = torch.unique(torch.tensor(groups), return_inverse=True)
     count = int(index.max()) + 1
-    residuals = torch.zeros(count, dtype=torch.float64).index_add_(0, index, values - mean)
-    error = float(
-        residuals.square().sum().sqrt() / len(values) * math.sqrt(count / max(1, count - 1))
-    )
-    return Estimate(float(mean), float(mean) - 1.96 * error, float(mean) + 1.96 * error)
+    residuals = torch.zeros(count, dtype=torch.float64)
+    residuals.index_add_(0, index, values - values.mean())  # of one group they add up
+    correction = math.sqrt(count / max(1, count - 1))
+    return count, float(residuals.square().sum().sqrt() / len(values) * correction)
 
 
-def win_rate(policy_rewards: Tensor, reference_rewards: Tensor) -> Estimate:
-    """How often the policy's completion beats the reference's, prompt by prompt; a tie counts half.
+def win_rate(
+    policy_rewards: Tensor, reference_rewards: Tensor, groups: Sequence | None = None
+) -> Estimate:
+    """How often the policy's completion beats the reference's, one by one; a tie counts half.
 
     Two tensors [n]; Wilson's interval, which stays inside [0, 1]. The null is 1/2: no better than
-    the reference.
+    the reference. `groups` [n]: comparisons of one prompt are not independent. Then Wilson's n is
+    the number of independent comparisons that would give the same standard error, at least the
+    number of groups (n over the design effect of Kish 1965).
     """
-    n = len(policy_rewards)
-    share = float((1 + torch.sign(policy_rewards - reference_rewards)).mean() / 2)
-    z = 1.96
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(share, centre - half, centre + half)
+    wins = (1 + torch.sign(policy_rewards - reference_rewards)) / 2
+    share = float(wins.mean())
+    effective = independent_comparisons(wins.double(), groups)
+    centre = (share + Z * Z / (2 * effective)) / (1 + Z * Z / effective)
+    variance = share * (1 - share) / effective + Z * Z / (4 * effective * effective)
+    half = Z / (1 + Z * Z / effective) * math.sqrt(variance)
+    # Where all were won or lost an end is the share itself, but for rounding.
+    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
+def independent_comparisons(wins: Tensor, groups: Sequence | None) -> float:
+    """How many independent comparisons are worth `wins` [n]: from the number of groups to n."""
+    n = len(wins)
+    if groups is None:
+        return n
+    count, error = groups_and_error(wins, groups)
+    _, alone = groups_and_error(wins)  # as if all were independent
+    if count == n or count == 1 or alone == 0:  # all won or all lost: do not count on more
+        return count
+    return min(n, max(count, n * (alone / error) ** 2)) if error else n
+
+
+LOGITS_AT_ONCE = 2**25  # numbers of one model: 128 MiB in float32
+
+
+@torch.no_grad()
 def sequence_kl(
     policy, reference, completions: Sequence[Completion], batch_size: int = 64
 ) -> Tensor:
@@ -65,23 +109,53 @@ def sequence_kl(
 
     KL(pi || pi_ref) = E_pi[sum over t of KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t))]: each token's
     KL is computed exactly over the vocabulary and only the prefix is sampled, which varies far less
-    than log pi(y) - log pi_ref(y). A sum over tokens, not a mean.
+    than log pi(y) - log pi_ref(y). A sum over tokens, not a mean. As many completions are read at
+    once as LOGITS_AT_ONCE permits, `batch_size` at most.
     """
-    estimates = []
-    for i in range(0, len(completions), batch_size):
-        chunk = [(c.prompt_ids, c.ids) for c in completions[i : i + batch_size]]
-        batch = collate(chunk).to(policy.device)
-        with torch.no_grad():
-            p, q = (
-                m(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                .logits[:, :-1]
-                .float()
-                .log_softmax(-1)
-                for m in (policy, reference)
-            )
-        token_kl = (p.exp() * (p - q)).sum(-1)
-        estimates.append((token_kl * batch.completion_mask[:, 1:]).sum(1).cpu())
-    return torch.cat(estimates)
+    rows = [(c.prompt_ids, c.ids) for c in completions]
+    longest = max((len(prompt) + len(ids) for prompt, ids in rows), default=1)
+    at_once = LOGITS_AT_ONCE // (longest * policy.config.vocab_size)
+    size = min(batch_size, max(1, at_once))
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return torch.cat([kl_of_rows(policy, reference, part) for part in parts])
+
+
+def kl_of_rows(policy, reference, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+    """The sum over a completion's tokens of KL(pi || pi_ref) after its prefix, [rows]."""
+    batch = collate(rows).to(policy.device)
+    predicts = batch.completion_mask[:, 1:].bool()  # [rows, length - 1]: where a token of y follows
+    p, q = (completion_logits(model, batch, predicts) for model in (policy, reference))
+    # In pieces of tokens [piece, vocabulary], since log softmax holds several copies of its input.
+    size = max(1, LOGITS_AT_ONCE // 8 // p.shape[1])
+    token_kl = torch.cat([kl_of_tokens(*two) for two in zip(p.split(size), q.split(size))])
+    owners = predicts.nonzero()[:, 0]
+    return token_kl.new_zeros(len(rows)).index_add(0, owners, token_kl).cpu()
+
+
+def completion_logits(model, batch: Batch, predicts: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary] where a token of a completion is predicted, row after row."""
+    first = int(predicts.any(0).nonzero()[0])  # no row's completion begins before
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wanted = {
+        "position_ids": (batch.attention_mask.cumsum(1) - 1).clamp(min=0),
+        "logits_to_keep": batch.input_ids.shape[1] - first,  # the head reads nothing before
+    }
+    takes = signature(causal.forward).parameters
+    wanted = {name: value for name, value in wanted.items() if name in takes}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logits = model(**inputs, **wanted).logits
+    logits = logits if "logits_to_keep" in takes else logits[:, first:]
+    return logits[:, :-1][predicts[:, first:]]
+
+
+def kl_of_tokens(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) of the distributions [tokens, vocabulary] that two models' logits are, [tokens].
+
+    In float32, or float64 where the logits are.
+    """
+    dtype = torch.promote_types(p_logits.dtype, torch.float32)
+    log_p, log_q = p_logits.to(dtype).log_softmax(-1), q_logits.to(dtype).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def preference_accuracy(margins: Tensor, groups: Sequence | None = None) -> Estimate:
@@ -143,40 +217,58 @@ def evaluate(
 
     `reward` and `judge` map texts to the logit of P(positive), tensor [n]. Returns a report of
     `Estimate`s as dictionaries, and one row per prompt with a completion of each model and its
-    P(positive).
+    P(positive). All intervals count prompts, not completions; with one prompt their ends are None,
+    but for the win rate's. Raises DataError without prompts, SettingsError for a number out of
+    range.
     """
-    samples, report, scores = {}, {}, {}
-    for name, model, offset in (("reference", reference, 0), ("policy", policy, 1)):
-        drawn = sample_completions(
-            model, tokenizer, prompts, n, max_new_tokens, seed=seed + offset, progress=progress
+    check_whole("n", n, 1, MOST_ITEMS, "Try 1 completion of each prompt.")
+    check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
+    if not prompts:
+        raise DataError("there are no prompts to evaluate on.")
+    samples = {
+        name: sample_completions(
+            model, tokenizer, prompts, n, max_new_tokens, seed=its_seed, progress=progress
         )
-        samples[name] = [c for row in drawn for c in row]
-        texts = [c.full_text for c in samples[name]]
-        groups = [i for i, row in enumerate(drawn) for _ in row]
-        scores[name] = reward(texts)
-        report[f"reward_{name}"] = mean_interval(scores[name].sigmoid(), groups)
-        if judge:
-            report[f"judge_{name}"] = mean_interval(judge(texts).sigmoid(), groups)
-        report[f"length_{name}"] = mean_interval(
-            torch.tensor([float(len(c.ids)) for c in samples[name]]), groups
-        )
-        report[f"distinct_2_{name}"] = distinct_n([c.text for c in samples[name]])
-    report["reward_gain"] = mean_interval(
-        scores["policy"].sigmoid() - scores["reference"].sigmoid(), groups
-    )
-    report["win_rate"] = win_rate(scores["policy"], scores["reference"])
-    report["kl"] = mean_interval(sequence_kl(policy, reference, samples["policy"]), groups)
-    rows = [
+        for name, model, its_seed in (("reference", reference, seed), ("policy", policy, seed + 1))
+    }
+    groups = [i for i in range(len(prompts)) for _ in range(n)]  # whose completion each is
+    flat = {name: [c for row in drawn for c in row] for name, drawn in samples.items()}
+    scores = {name: reward([c.full_text for c in drawn]) for name, drawn in flat.items()}
+    report = {}
+    for name, drawn in flat.items():
+        report |= quality(name, drawn, scores[name], judge, groups)
+    chances = {name: logits.sigmoid() for name, logits in scores.items()}
+    report["reward_gain"] = mean_interval(chances["policy"] - chances["reference"], groups)
+    report["win_rate"] = win_rate(scores["policy"], scores["reference"], groups)
+    report["kl"] = mean_interval(sequence_kl(policy, reference, flat["policy"]), groups)
+    rows = side_by_side(flat, chances)[::n]
+    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in report.items()}, rows
+
+
+def quality(name: str, completions: Sequence[Completion], scores: Tensor, judge, groups) -> dict:
+    """What one model's completions are like; the keys end in its name."""
+    report = {f"reward_{name}": mean_interval(scores.sigmoid(), groups)}
+    if judge:
+        second = judge([c.full_text for c in completions])
+        report[f"judge_{name}"] = mean_interval(second.sigmoid(), groups)
+    lengths = torch.tensor([float(len(c.ids)) for c in completions])
+    report[f"length_{name}"] = mean_interval(lengths, groups)
+    report[f"distinct_2_{name}"] = distinct_n([c.text for c in completions])
+    return report
+
+
+def side_by_side(completions: dict[str, list], chances: dict[str, Tensor]) -> list[dict]:
+    """A row for each pair of completions, the reference's beside the policy's."""
+    return [
         {
             "prompt": ours.prompt,
             "reference": theirs.text,
             "policy": ours.text,
-            "reward_reference": round(scores["reference"][i].sigmoid().item(), 4),
-            "reward_policy": round(scores["policy"][i].sigmoid().item(), 4),
+            "reward_reference": round(chances["reference"][i].item(), 4),
+            "reward_policy": round(chances["policy"][i].item(), 4),
         }
-        for i, (ours, theirs) in enumerate(zip(samples["policy"], samples["reference"]))
+        for i, (ours, theirs) in enumerate(zip(completions["policy"], completions["reference"]))
     ]
-    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in report.items()}, rows[::n]
 
 
 def held_out_accuracy(
@@ -185,12 +277,12 @@ def held_out_accuracy(
     """Preference accuracy on labelled pairs, all of them and those whose rewards differ by at least
     `gap` in logit.
 
-    `policy_logps`, `reference_logps`: [pairs, 2], as from `dpo_mini.training.reference_logps`.
+    `policy_logps`, `reference_logps`: [pairs, 2], as from `reference_logps`.
     """
     log_ratios = policy_logps - reference_logps
     margins = beta * (log_ratios[:, 0] - log_ratios[:, 1])
-    names: dict[str, int] = {}
-    groups = [names.setdefault(p.prompt, len(names)) for p in pairs]
+    numbers: dict[str, int] = {}  # of prompts, which may be lists of messages
+    groups = [numbers.setdefault(str(p.prompt), len(numbers)) for p in pairs]
     report = {
         "preference_accuracy": preference_accuracy(margins, groups)._asdict(),
         "pairs": len(pairs),
@@ -198,7 +290,8 @@ def held_out_accuracy(
     clear = [
         i
         for i, p in enumerate(pairs)
-        if p.chosen_reward is not None and p.chosen_reward - p.rejected_reward >= gap
+        if None not in (p.chosen_reward, p.rejected_reward)
+        and p.chosen_reward - p.rejected_reward >= gap
     ]
     if clear:
         report["preference_accuracy_clear"] = preference_accuracy(

@@ -21,11 +21,12 @@ def per_token(logps: PairLogps) -> PairLogps:
     The mean log-probability of a token is no log-probability of any completion; losses built on it
     trade that meaning for indifference to length.
     """
-    w, l = logps.chosen_tokens, logps.rejected_tokens
     return logps._replace(
-        chosen=logps.chosen / w, reference_chosen=logps.reference_chosen / w,
-        rejected=logps.rejected / l, reference_rejected=logps.reference_rejected / l,
-    )  # fmt: skip
+        chosen=logps.chosen / logps.chosen_tokens,
+        rejected=logps.rejected / logps.rejected_tokens,
+        reference_chosen=logps.reference_chosen / logps.chosen_tokens,
+        reference_rejected=logps.reference_rejected / logps.rejected_tokens,
+    )
 
 
 # --- with a reference ---
@@ -182,7 +183,11 @@ REFERENCE_FREE = {"simpo", "cpo", "orpo", "preferred-ft", "unlikelihood"}
 
 
 class LabelledLogps(NamedTuple):
-    """Log-probabilities of single completions, each a tensor [batch], in nats."""
+    """Log-probabilities of single completions, each a tensor [batch], in nats.
+
+    Where a batch is cut into parts, `log_ratios_elsewhere` is still that of the whole batch, since
+    its mean is what the loss needs; the others are of the part.
+    """
 
     policy: Tensor  # log pi(y | x), the only one that carries a gradient
     reference: Tensor  # log pi_ref(y | x)

@@ -152,6 +152,6 @@ def model_card(base: str, data: str, settings: dict, report: dict | None = None)
         lines += [
             f"| {key} | {value['mean']:.3f} | {value['low']:.3f} to {value['high']:.3f} |"
             for key, value in report.items()
-            if isinstance(value, dict) and "mean" in value
+            if isinstance(value, dict) and value.get("low") is not None  # None: of one prompt
         ]
     return "\n".join(lines) + "\n"

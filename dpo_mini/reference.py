@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dpo_mini import processes
+from dpo_mini.checkpoints import written_aside
 from dpo_mini.fast_logprobs import completion_logps, different_rows
+from dpo_mini.models import without_dropout
 
 
 def reference_logps(
@@ -18,18 +21,18 @@ def reference_logps(
     """log pi_ref of chosen and rejected, float32 [pairs, 2], computed once: pi_ref never changes.
     (Of labelled completions: of the completion, and of the other prompt's.)
 
-    With `cache` (a file's path) the result is kept with a fingerprint of weights and tokens, and
-    is used again only where both are the same.
+    The model is put into evaluation mode. With `cache` (a file's path) the result is kept with a
+    fingerprint of weights, tokens and precision, and used again only where all three are the same.
+    A damaged cache is made anew. `bf16`: under autocast, as the policy is trained with it.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
     from tqdm.auto import tqdm
 
-    mark = fingerprint(model, pairs)
-    if cache and Path(cache).exists():
-        with safe_open(cache, "pt") as stored:
-            if stored.metadata().get("fingerprint") == mark:
-                return stored.get_tensor("logps")
+    without_dropout(model)
+    precision = "bfloat16" if bf16 else str(next(model.parameters()).dtype)
+    mark = f"{weights_fingerprint(model)} {data_fingerprint(pairs)} {precision}" if cache else ""
+    kept = kept_logps(Path(cache), mark, len(pairs)) if cache else None
+    if kept is not None:
+        return kept
     rows, index = different_rows([row for pair in pairs for row in pair.rows])
     by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
     logps = torch.empty(len(rows))
@@ -38,17 +41,47 @@ def reference_logps(
             chunk = by_length[i : i + batch_size]
             logps[chunk] = completion_logps(model, [rows[j] for j in chunk]).float().cpu()
     logps = logps[index].view(-1, 2)
-    if cache:
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(f"{cache}.{os.getpid()}")  # several processes may write, each whole
-        save_file({"logps": logps}, partial, metadata={"fingerprint": mark})
-        partial.replace(cache)
+    if cache and processes.is_main():
+        keep_logps(Path(cache), mark, logps)
     return logps
 
 
-def fingerprint(model, pairs) -> str:
-    """A hash of the model's weights and of the pairs' tokens."""
-    digest = hashlib.sha256(json.dumps([list(vars(p).values()) for p in pairs]).encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+def kept_logps(cache: Path, mark: str, pairs: int) -> Tensor | None:
+    """What `keep_logps` wrote, float32 [pairs, 2]; None for no file, another mark or damage."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(cache, "pt") as stored:
+            if stored.metadata()["fingerprint"] != mark:
+                return None
+            logps = stored.get_tensor("logps")
+    except (OSError, SafetensorError, LookupError, TypeError):
+        return None
+    whole = logps.shape == (pairs, 2) and logps.dtype == torch.float32
+    return logps if whole and logps.isfinite().all() else None
+
+
+def keep_logps(cache: Path, mark: str, logps: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    with written_aside(cache) as partial:
+        save_file({"logps": logps}, partial, metadata={"fingerprint": mark})
+
+
+def weights_fingerprint(model) -> str:
+    """A hash of a model's weights, their names and their precision."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
+        digest.update(weights.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def data_fingerprint(items: Sequence) -> str:
+    """A hash of items: pairs, labelled completions, or tuples of token ids."""
+
+    def plain(item):
+        return vars(item) if is_dataclass(item) else repr(item)
+
+    return hashlib.sha256(json.dumps(list(items), default=plain).encode()).hexdigest()

@@ -7,7 +7,6 @@ of texts.
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,11 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_mini.checkpoints import TrainingError
+from dpo_mini.checkpoints import TrainingError, stop_unless_finite
 from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.logprobs import token_logps
+from dpo_mini.models import without_dropout
 from dpo_mini.sampling import Completion, sample_completions
-from dpo_mini.settings import TrainingConfig
+from dpo_mini.settings import (
+    LARGEST_SEED,
+    MOST_ITEMS,
+    MOST_STEPS,
+    MOST_TOKENS,
+    SettingsError,
+    check_real,
+    check_whole,
+)
 from dpo_mini.tokens import Batch, TokenizedPair, collate
 from dpo_mini.training import Objective, batch_indices
 
@@ -66,18 +74,20 @@ def sequence_rewards(model: ScalarModel, rows: Sequence[tuple]) -> Tensor:
 def reward_objective() -> Objective:
     """Items are `TokenizedPair`s; the loss is -log sigmoid(r(x, y_w) - r(x, y_l)).
 
-    Rafailov et al. 2023, equation 2: the likelihood of the labels under Bradley-Terry.
+    Rafailov et al. 2023, equation 2: the likelihood of the labels under Bradley-Terry. What stands
+    in the place of `Objective.logps` is the margin r(x, y_w) - r(x, y_l), [pairs].
     """
 
-    def losses(model, pairs: Sequence[TokenizedPair]):
+    def margins(model, pairs: Sequence[TokenizedPair]) -> Tensor:
         rows, index = different_rows([row for pair in pairs for row in pair.rows])
         scores = sequence_rewards(model, rows)[index.to(model.device)].view(-1, 2)
-        margins = scores[:, 0] - scores[:, 1]
-        accuracies = (1 + torch.sign(margins.detach())) / 2
-        metrics = {"rewards/margins": margins.detach(), "rewards/accuracies": accuracies}
-        return -F.logsigmoid(margins).sum(), metrics
+        return scores[:, 0] - scores[:, 1]
 
-    return Objective(terms=lambda pair: 1, losses=losses)
+    def metrics(margins: Tensor) -> dict[str, Tensor]:
+        margins = margins.detach()
+        return {"rewards/margins": margins, "rewards/accuracies": (1 + torch.sign(margins)) / 2}
+
+    return Objective(margins, loss=lambda margins: -F.logsigmoid(margins), metrics=metrics)
 
 
 def learned_reward(model: ScalarModel, batch_size: int = 128) -> Reward:
@@ -107,8 +117,13 @@ def normalised(reward: Reward, completions: Sequence[Completion]) -> Reward:
 
 def best_of(samples: Sequence[Sequence[Completion]], reward: Reward) -> list[Completion]:
     """Of each prompt's completions the one with the highest reward: best-of-n, without training."""
-    scores = iter(reward([c for row in samples for c in row]).tolist())
-    return [max(row, key=lambda _: next(scores)) for row in samples]
+    scores = reward([completion for row in samples for completion in row])
+    best, start = [], 0
+    for row in samples:
+        own = scores[start : start + len(row)]  # the rewards are flat, prompt after prompt
+        best.append(row[int(own.argmax())])
+        start += len(row)
+    return best
 
 
 # --- policy gradients ---
@@ -116,7 +131,10 @@ def best_of(samples: Sequence[Sequence[Completion]], reward: Reward) -> list[Com
 
 @dataclass(frozen=True)
 class PolicyGradientConfig:
-    """Of `reinforce` and `ppo`; what only PPO uses comes last."""
+    """Of `reinforce` and `ppo`; what only PPO uses comes last.
+
+    Every number is checked here. Raises SettingsError for one out of range.
+    """
 
     steps: int = 35
     batch_size: int = 64  # completions per step
@@ -135,6 +153,32 @@ class PolicyGradientConfig:
     clip: float = 0.2
     gamma: float = 1.0
     gae_lambda: float = 0.95
+
+    def __post_init__(self):
+        check_whole("steps", self.steps, 1, MOST_STEPS, "Try 35.")
+        check_whole("batch_size", self.batch_size, 1, MOST_ITEMS, "Try 64.")
+        check_real("learning_rate", self.learning_rate, 0, "Try 1e-4.", above=True)
+        check_real("beta", self.beta, 0, "Try 0.1, or 0 for no penalty.")
+        if self.target_kl is not None:
+            advice = "Try 6, or None: then beta stays."
+            check_real("target_kl", self.target_kl, 0, advice, above=True)
+        check_real("kl_gain", self.kl_gain, 0, "Try 1.")
+        check_whole("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS, "Try 32.")
+        check_real("max_grad_norm", self.max_grad_norm, 0, "Try 1.", above=True)
+        check_whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, "Try 3.")
+        check_whole("seed", self.seed, 0, LARGEST_SEED, "Try 0.")
+        check_whole("monitor_every", self.monitor_every, 1, MOST_STEPS, "Try 10.")
+        check_whole("samples", self.samples, 1, MOST_ITEMS, "Try 4.")
+        check_whole("epochs", self.epochs, 1, MOST_STEPS, "Try 2.")
+        check_whole("minibatch_size", self.minibatch_size, 1, MOST_ITEMS, "Try 32.")
+        check_real("clip", self.clip, 0, "Try 0.2.", above=True)
+        for name in ("gamma", "gae_lambda"):
+            check_real(name, getattr(self, name), 0, "Try 1.")
+            if getattr(self, name) > 1:
+                raise SettingsError(
+                    f"{name} must be at most 1, got {getattr(self, name)}: what is far ahead "
+                    "would count for more than what is near. Try 1."
+                )
 
 
 class Rollout(NamedTuple):
@@ -191,24 +235,26 @@ def reinforce(
             f"{config.batch_size} completions a step, {config.samples} samples of each prompt: "
             "expected two or more samples, and as many of every prompt."
         )
+    for model in (policy, reference):
+        without_dropout(model)
     optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0)
     n_prompts = config.batch_size // config.samples
 
-    def step(numbered, beta):
-        seen = rollout_of_step(
-            numbered, policy, reference, tokenizer, prompts, reward, n_prompts, config.samples,
-            config,
-        )  # fmt: skip
-        returns = seen.scores - beta * seen.kl
+    def update_policy(step: int, beta: float):
+        sampled = rollout_of_step(
+            step, policy, reference, tokenizer, prompts, reward, n_prompts, config.samples, config
+        )
+        returns = sampled.scores - beta * sampled.kl  # [batch]: of whole completions
         advantages = leave_one_out(returns.view(n_prompts, config.samples)).flatten()
-        logps = token_logps(policy, seen.batch.input_ids, seen.batch.attention_mask)
-        loss = -(advantages * (logps * seen.mask).sum(1)).mean()
+        logps = token_logps(policy, sampled.batch.input_ids, sampled.batch.attention_mask)
+        loss = -(advantages * (logps * sampled.mask).sum(1)).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        update(optimizer, numbered, config)
-        return seen, {"loss": loss.item(), "grad_norm": norm.item()}
+        stop_unless_finite(step, loss.item(), norm.item(), config.learning_rate)
+        update(optimizer, step, config)
+        return sampled, {"loss": loss.item(), "grad_norm": norm.item()}
 
-    return ascend(policy, step, config, monitor)
+    return sample_and_update(policy, update_policy, config, monitor)
 
 
 def ppo(
@@ -220,58 +266,93 @@ def ppo(
     advantage comes from `value` by `gae`. Schulman et al. 2017 (arXiv 1707.06347), as used for
     language models by Ziegler et al. 2019 and Ouyang et al. 2022 (arXiv 2203.02155).
     """
-    models = (policy, value)
-    parameters = [p for model in models for p in model.parameters()]
+    for model in (policy, reference, value):
+        without_dropout(model)
+    parameters = [*policy.parameters(), *value.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0)
 
-    def step(numbered, beta):
-        seen = rollout_of_step(
-            numbered, policy, reference, tokenizer, prompts, reward, config.batch_size, 1, config
+    def update_both(step: int, beta: float):
+        sampled = rollout_of_step(
+            step, policy, reference, tokenizer, prompts, reward, config.batch_size, 1, config
         )
-        ids, attention = seen.batch.input_ids, seen.batch.attention_mask
-        with torch.no_grad():
-            values = value(ids, attention)[:, :-1] * seen.mask
-        advantages = gae(
-            token_rewards(seen, beta), values, seen.mask, config.gamma, config.gae_lambda
-        )
-        returns = advantages + values
-        weights = whitened(advantages, seen.mask)
-        sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "grad_norm"), 0.0)
-        order = torch.Generator().manual_seed(config.seed * 100_003 + numbered)
-        for _ in range(config.epochs):
-            for part in torch.randperm(len(ids), generator=order).split(config.minibatch_size):
-                mask, tokens = seen.mask[part], seen.mask[part].sum()
-                logps = token_logps(policy, ids[part], attention[part])
-                policy_terms = clipped_loss(logps, seen.logps[part], weights[part], config.clip)
-                new_values = value(ids[part], attention[part])[:, :-1]
-                value_terms = clipped_value_loss(
-                    new_values, values[part], returns[part], config.clip
-                )
-                policy_loss = (policy_terms * mask).sum() / tokens
-                value_loss = (value_terms * mask).sum() / tokens
-                (policy_loss + value_loss).backward()
-                norm, _ = (
-                    torch.nn.utils.clip_grad_norm_(m.parameters(), config.max_grad_norm)
-                    for m in models
-                )
-                update(optimizer, numbered, config)
-                moved = (logps.detach() - seen.logps[part]).exp() - 1
-                clipped = ((moved.abs() > config.clip) * mask).sum() / tokens
-                found = (policy_loss.item(), value_loss.item(), clipped.item(), norm.item())
-                sums = {k: sums[k] + v for k, v in zip(sums, found)}
-        parts = config.epochs * math.ceil(len(ids) / config.minibatch_size)
-        return seen, {k: v / parts for k, v in sums.items()}
+        estimates = value_estimates(value, sampled, beta, config)
+        order = torch.Generator().manual_seed(config.seed * 100_003 + step)
+        metrics = []
+        for _ in range(config.epochs):  # the same completions again, while the ratio stays near 1
+            shuffled = torch.randperm(len(sampled.mask), generator=order)
+            for part in shuffled.split(config.minibatch_size):
+                losses = ppo_losses(policy, value, sampled, estimates, part, config.clip)
+                (losses.policy + losses.value).backward()
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(value.parameters(), config.max_grad_norm)
+                loss = losses.policy.item() + losses.value.item()
+                stop_unless_finite(step, loss, norm.item(), config.learning_rate)
+                update(optimizer, step, config)
+                metrics.append([x.item() for x in (*losses, norm)])
+        means = [sum(column) / len(metrics) for column in zip(*metrics)]
+        return sampled, dict(zip(("policy_loss", "value_loss", "clipped", "grad_norm"), means))
 
-    return ascend(policy, step, config, monitor)
+    return sample_and_update(policy, update_both, config, monitor)
 
 
-def token_rewards(seen: Rollout, beta: float) -> Tensor:
+class ValueEstimates(NamedTuple):
+    """What PPO's losses need of the value model as it was when the completions were sampled.
+
+    All [batch, length - 1], their entry t - 1 for token t.
+    """
+
+    values: Tensor  # V(x, y_<t)
+    returns: Tensor  # what the value should have been: advantage + value
+    advantages: Tensor  # whitened over the batch's tokens
+
+
+@torch.no_grad()
+def value_estimates(value: ScalarModel, sampled: Rollout, beta: float, config) -> ValueEstimates:
+    """Values, returns and whitened advantages of a rollout's tokens."""
+    batch, mask = sampled.batch, sampled.mask
+    values = value(batch.input_ids, batch.attention_mask)[:, :-1] * mask
+    rewards = token_rewards(sampled, beta)
+    advantages = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+    return ValueEstimates(values, advantages + values, whitened(advantages, mask))
+
+
+class PPOLosses(NamedTuple):
+    """Three scalars; only the losses carry a gradient."""
+
+    policy: Tensor
+    value: Tensor
+    clipped: Tensor  # the share of tokens whose ratio has moved by more than `clip`
+
+
+def ppo_losses(
+    policy, value: ScalarModel, sampled: Rollout, estimates: ValueEstimates, part: Tensor, clip
+) -> PPOLosses:
+    """PPO's losses on the completions `part` (int64 [minibatch]) of a rollout, means over tokens.
+
+    Left out: an entropy bonus, which language models do without.
+    """
+    ids, attention = sampled.batch.input_ids[part], sampled.batch.attention_mask[part]
+    mask, old_logps = sampled.mask[part], sampled.logps[part]
+    values, returns, advantages = (tensor[part] for tensor in estimates)
+    logps = token_logps(policy, ids, attention)
+    policy_terms = clipped_loss(logps, old_logps, advantages, clip)
+    value_terms = clipped_value_loss(value(ids, attention)[:, :-1], values, returns, clip)
+    moved = (logps.detach() - old_logps).exp() - 1
+    tokens = mask.sum()
+    return PPOLosses(
+        policy=(policy_terms * mask).sum() / tokens,
+        value=(value_terms * mask).sum() / tokens,
+        clipped=((moved.abs() > clip) * mask).sum() / tokens,
+    )
+
+
+def token_rewards(sampled: Rollout, beta: float) -> Tensor:
     """The reward of each token, [batch, length - 1]: -beta (log pi - log pi_ref) everywhere, and
     r(x, y) at the last. Their sum is r(x, y) - beta log(pi(y | x) / pi_ref(y | x)).
     """
-    rewards = -beta * (seen.logps - seen.reference_logps) * seen.mask
-    last = seen.batch.attention_mask.sum(1, keepdim=True) - 2  # entry t - 1 is token t's
-    return rewards.scatter_add(1, last, seen.scores[:, None])
+    rewards = -beta * (sampled.logps - sampled.reference_logps) * sampled.mask
+    last = sampled.batch.attention_mask.sum(1, keepdim=True) - 2  # entry t - 1 is token t's
+    return rewards.scatter_add(1, last, sampled.scores[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma=1.0, lam=0.95) -> Tensor:
@@ -326,37 +407,42 @@ def adapted_beta(beta: float, kl: float, target: float, gain: float) -> float:
 # --- what both share ---
 
 
-def ascend(policy, step, config, monitor) -> list[dict]:
-    """`config.steps` times `step(number, beta) -> (Rollout, metrics)`, beta following the KL."""
+def sample_and_update(policy, update_models, config, monitor) -> list[dict]:
+    """Both methods' loop: fresh completions, an update, beta following the KL. Returns the log.
+
+    `update_models(step, beta) -> (Rollout, metrics)` samples from the policy, and changes it.
+    """
     log, beta = [{"step": 0}], config.beta
     log[0] |= monitor(policy, log) if monitor else {}
-    for number in range(1, config.steps + 1):
-        seen, metrics = step(number, beta)
-        kl, score = seen.kl.mean().item(), seen.scores.mean().item()
-        found = {"score": score, "sampled_kl": kl, "objective": score - beta * kl, "beta": beta}
-        length = seen.mask.sum().item() / len(seen.mask)
-        log.append({"step": number, **found, "length": length, **metrics})
+    for step in range(1, config.steps + 1):
+        sampled, metrics = update_models(step, beta)
+        kl, score = sampled.kl.mean().item(), sampled.scores.mean().item()
+        row = {"score": score, "sampled_kl": kl, "objective": score - beta * kl, "beta": beta}
+        length = sampled.mask.sum().item() / len(sampled.mask)
+        log.append({"step": step, **row, "length": length, **metrics})
         if config.target_kl:
             beta = adapted_beta(beta, kl, config.target_kl, config.kl_gain)
-        if monitor and (number == config.steps or number % config.monitor_every == 0):
+        if monitor and (step == config.steps or step % config.monitor_every == 0):
             log[-1] |= monitor(policy, log)
     return log
 
 
 def rollout_of_step(
-    number, policy, reference, tokenizer, prompts, reward, n_prompts, n, config
+    step, policy, reference, tokenizer, prompts, reward, n_prompts, n, config
 ) -> Rollout:
-    """The rollout of step 1, 2, ...: the next `n_prompts` prompts, in an order of `config.seed`."""
-    order = TrainingConfig(batch_size=n_prompts, seed=config.seed)
-    chosen = [prompts[i] for i in batch_indices(len(prompts), number - 1, order)]
-    seed = config.seed * 100_003 + number
+    """The rollout of step 1, 2, ...: `n` completions of each of the next `n_prompts` prompts, in an
+    order of `config.seed`.
+    """
+    order = batch_indices(len(prompts), step - 1, n_prompts, block_size=1, seed=config.seed)
+    chosen = [prompts[i] for i in order]
+    seed = config.seed * 100_003 + step
     length = config.max_new_tokens
     return rollout(policy, reference, tokenizer, chosen, reward, n, length, seed)
 
 
-def update(optimizer, number: int, config) -> None:
-    """One optimiser step at the rate of step 1, 2, ...: a linear warm-up, then constant."""
-    rate = config.learning_rate * min(1, number / max(1, config.warmup_steps))
+def update(optimizer, step: int, config) -> None:
+    """The optimiser's step 1, 2, ..., at its rate: a linear warm-up, then constant."""
+    rate = config.learning_rate * min(1, step / max(1, config.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

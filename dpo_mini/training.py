@@ -1,94 +1,283 @@
-"""The training loop. SFT and preference training are the same loop with another objective."""
+"""The training loop. SFT and every preference loss are the same loop with another objective.
+
+Read `train` first: a batch, its log-probabilities, the loss, its gradient, a step. What makes a run
+safe (stopping, resuming, saving, watching) stands around it, in `checkpoints.py`; what lets several
+processes share it, in `processes.py`.
+
+Left out, since AdamW on one model in memory needs none of it: sharded parameters, gradient scaling
+(bfloat16 has float32's range), packing, an average of the weights, a reference that moves.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from inspect import signature
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_mini.checkpoints import (
+from dpo_mini import processes
+from dpo_mini.checkpoints import (  # noqa: F401  callers know some of it as a part of training
+    Run,
     TrainingError,
     TrainingInterrupted,
-    interruption,
-    load_checkpoint,
-    save_checkpoint,
+    diverged,
     saved_step,
+    steps_of_run,
+    stop_unless_finite,
 )
 from dpo_mini.family import LOSSES, REFERENCE_FREE, LabelledLogps, kto_loss
 from dpo_mini.fast_logprobs import completion_logps
 from dpo_mini.logprobs import token_logps
 from dpo_mini.losses import PairLogps, preference_metrics
-from dpo_mini.reference import fingerprint, reference_logps
+from dpo_mini.models import without_dropout
+from dpo_mini.reference import data_fingerprint, reference_logps, weights_fingerprint
 from dpo_mini.settings import TrainingConfig
 from dpo_mini.tokens import TokenizedPair, collate, unpaired
 
 
 class Objective(NamedTuple):
-    """What to minimise: the mean of a batch's loss terms, however it is cut into micro-batches."""
+    """What to minimise: the mean of a batch's loss terms, however the batch is cut into parts.
 
-    terms: Callable[[object], int]  # loss terms of an item: 1 for a pair, its tokens for a text
-    losses: Callable  # (model, items) -> (sum of the loss terms, metrics: each a tensor [items])
+    `logps` is the only one that reads the model. What it returns is handed to `loss` and `metrics`.
+    """
+
+    logps: Callable  # (model, items) -> log-probabilities of the items, with their gradient
+    loss: Callable[..., Tensor]  # of those: [items]; their sum over a batch, divided by its terms
+    metrics: Callable[..., dict]  # of those: name -> tensor [items] to watch, without gradient
+    terms: Callable[[object], int] = lambda item: 1  # loss terms of an item: of a text, its tokens
+    # (model, items) -> [items], without gradient: a number of every item that the whole batch's
+    # loss needs (KTO's KL). `logps` then takes those of the batch as a third argument.
+    of_whole_batch: Callable | None = None
+
+
+def train(
+    model, items, objective, config, *,
+    identity=None, output=None, resume=False, monitor=None, progress=False,
+) -> list[dict]:  # fmt: skip
+    """Minimise the objective, changing the model in place. Returns the log, a row for each step.
+
+    The model is put into evaluation mode. `output`: a folder for checkpoints; `resume`: go on from
+    the one there, to the same weights bit for bit. `monitor(model, log) -> dict` is called before
+    the first step, every `monitor_every` steps and after the last; its numbers join the log.
+    `identity` says what run this is, beside settings, data and weights: another run's checkpoint is
+    refused. Raises TrainingError where it cannot start or go on.
+    """
+    run = started_run(model, items, config, identity, output)
+    weights = run.parameters.values()
+    steps = steps_of_run(
+        run, config, model.device, folder=output, resume=resume, progress=progress,
+        watch=lambda: monitor(model, run.log) if monitor else {},
+    )  # fmt: skip
+    with closing(steps):
+        for step in steps:
+            # 1. The batch of this step, and this process's share of it.
+            order = batch_indices(
+                len(items), step - 1, config.batch_size, config.block_size, config.seed
+            )
+            batch = [items[i] for i in order]
+            mine, terms = processes.share(batch), sum(map(objective.terms, batch))
+            shared = shared_numbers(model, mine, objective, config)
+            sums: dict[str, Tensor] = {}
+            for part in parts(mine, config.micro_batch_size):  # what memory holds at once
+                with precision(model, config):
+                    # 2. Log-probabilities: the policy's [part] carry a gradient, the reference's
+                    #    came with the items.
+                    logps = objective.logps(model, part, *shared)
+                    # 3. The loss. Every term weighs 1 / (terms of the whole batch), so that it is
+                    #    the same however the batch is cut.
+                    loss = objective.loss(logps).sum() / terms
+                # 4. Its gradient, added to that of the parts before.
+                loss.backward()
+                sums = added(sums, loss, objective.metrics(logps), len(batch))
+            row = processes.summed(sums)
+            processes.add_gradients(weights)
+            # 5. A step against the gradient, at this step's rate.
+            row |= take_step(run.optimizer, weights, row["loss"], step, config, output)
+            run.log.append({"step": step, **row})
+    return run.log
+
+
+# --- the parts of a step ---
+
+
+def started_run(model, items, config, identity, output) -> Run:
+    """The weights to train, AdamW without a step, an empty log; the same in every process."""
+    without_dropout(model)
+    processes.join_processes(model.device, config.batch_size)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    processes.equal_start(parameters.values())
+    optimizer = torch.optim.AdamW(
+        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    this = {**asdict(config), "items": len(items)}
+    if output:  # without a checkpoint there is nothing to compare with
+        this |= {"lora": lora_rank(model), "model": weights_fingerprint(model)}
+        this |= {"data": data_fingerprint(items)}
+    return Run(parameters, optimizer, this | (identity or {}), [])
+
+
+def lora_rank(model) -> int:
+    """The rank of a model's LoRA adapters; 0 where it has none."""
+    ranks = [adapter.r for adapter in getattr(model, "peft_config", {}).values()]
+    return max(ranks, default=0)
+
+
+def batch_indices(n: int, step: int, batch_size: int, block_size: int, seed: int) -> list[int]:
+    """The items of step 0, 1, ...: an endless stream of permutations of 0..n-1, cut into batches.
+
+    Blocks of `block_size` neighbours stay together: of n = 6 items in blocks of 2, an epoch may be
+    4 5 0 1 2 3. A function of its arguments alone: a resumed run sees what an undisturbed one would
+    have seen.
+    """
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, n)
+        if not indices or offset == 0:
+            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            blocks = torch.randperm(-(-n // block_size), generator=generator).tolist()
+            starts = [block * block_size for block in blocks]
+            order = [i for start in starts for i in range(start, min(n, start + block_size))]
+        indices.append(order[offset])
+    return indices
+
+
+def shared_numbers(model, mine: list, objective: Objective, config) -> tuple[Tensor, ...]:
+    """The numbers of all items of the batch that the loss of each part needs: a tensor [batch].
+
+    Only KTO has some: its KL is a mean over the whole batch, also where the batch is cut into parts
+    or shared among processes. So they are read first, without a gradient. () for other losses.
+    """
+    if objective.of_whole_batch is None:
+        return ()
+    with torch.no_grad(), precision(model, config):
+        numbers = [
+            objective.of_whole_batch(model, part) for part in parts(mine, config.micro_batch_size)
+        ]
+    return (processes.gathered(torch.cat(numbers)),)
+
+
+def parts(items: list, size: int | None) -> Iterator[list]:
+    """The items in parts of `size`; None: all at once."""
+    size = size or len(items)
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def precision(model, config):
+    """bfloat16 autocast, or nothing. Its range is float32's: no gradient needs scaling."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16)
+
+
+def added(sums: dict, loss: Tensor, metrics: dict[str, Tensor], batch_size: int) -> dict:
+    """The sums with a part's loss and metrics: shares of the batch's means, which add up to them.
+
+    `loss` is a share already; `metrics` are tensors [part].
+    """
+    shares = {"loss": loss.detach()}
+    shares |= {name: values.sum() / batch_size for name, values in metrics.items()}
+    return {name: sums.get(name, 0) + share for name, share in shares.items()}
+
+
+def take_step(optimizer, weights, loss: float, step: int, config, output) -> dict[str, float]:
+    """Clip the gradient, step, clear it. Returns its norm before clipping, and the rate.
+
+    Raises TrainingError before the step where loss or gradient is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()
+    rate = learning_rate(step - 1, config)
+    stop_unless_finite(step, loss, norm, rate, output)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": norm, "learning_rate": rate}
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """The rate of step 0, 1, ...: linear warm-up, then constant, or to 0 linearly or by cosine."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    fraction = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * fraction)) / 2
+    shape = {"constant": 1.0, "linear": 1 - fraction, "cosine": cosine}[config.schedule]
+    return config.learning_rate * shape
+
+
+# --- objectives: what a loss needs of the model ---
 
 
 def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Objective:
-    """Items are (TokenizedPair, (reference logp of chosen, of rejected)); `loss` as in LOSSES."""
+    """Items are (TokenizedPair, (reference logp of chosen, of rejected)); `loss` as in LOSSES.
 
-    def losses(model, items):
+    `beta` is the unit of the implicit rewards among the metrics.
+    """
+
+    def logps(model, items) -> PairLogps:
         pairs, reference = zip(*items)
-        logps = completion_logps(model, [row for pair in pairs for row in pair.rows]).view(-1, 2)
-        reference = torch.tensor(reference, device=logps.device, dtype=logps.dtype)
+        policy = completion_logps(model, [row for pair in pairs for row in pair.rows]).view(-1, 2)
+        reference = torch.tensor(reference, device=policy.device, dtype=policy.dtype)  # [pairs, 2]
         tokens = torch.tensor([(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
-        tokens = tokens.to(logps.device)
-        logps = PairLogps(*logps.unbind(1), *reference.unbind(1), *tokens.unbind(1))
-        return loss(logps).sum(), preference_metrics(logps, beta)
+        tokens = tokens.to(policy.device)
+        return PairLogps(*policy.unbind(1), *reference.unbind(1), *tokens.unbind(1))
 
-    return Objective(terms=lambda item: 1, losses=losses)
+    return Objective(logps, loss, metrics=lambda logps: preference_metrics(logps, beta))
 
 
 def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> Objective:
     """Items are (LabelledCompletion, (reference logp of the completion, of the other)); `loss` as
-    `kto_loss`, whose KL is that of what is in memory at once: cut no finer than needed.
+    `kto_loss`.
+
+    The log-ratios of the other prompts' completions, whose mean is the KL, are those of the whole
+    batch [batch], also where `logps` reads only a part of it.
     """
 
-    def losses(model, items):
+    def log_ratios_elsewhere(model, items) -> Tensor:
         labelled, reference = zip(*items)
-        rows, other_rows = zip(*(item.rows for item in labelled))
-        policy = completion_logps(model, rows)
-        with torch.no_grad():
-            elsewhere = completion_logps(model, other_rows)
-        reference = torch.tensor(reference, device=policy.device, dtype=policy.dtype)
-        desirable = torch.tensor([item.desirable for item in labelled], device=policy.device)
-        log_ratios_elsewhere = elsewhere - reference[:, 1]
-        logps = LabelledLogps(policy, reference[:, 0], desirable, log_ratios_elsewhere)
-        terms = loss(logps)
-        with torch.no_grad():
-            signed = beta * (policy - reference[:, 0]) * torch.where(desirable, 1, -1)
-            kl = log_ratios_elsewhere.mean().clamp(min=0)
-        metrics = {
-            "rewards/signed": signed,  # of an undesirable completion, its negative
-            "rewards/accuracies": (1 + torch.sign(signed)) / 2,
-            "kl": kl.expand(len(items)),
-            "logps/completion": policy.detach(),
-        }
-        return terms.sum(), metrics
+        elsewhere = completion_logps(model, [item.rows[1] for item in labelled])
+        return elsewhere - elsewhere.new_tensor([pair[1] for pair in reference])
 
-    return Objective(terms=lambda item: 1, losses=losses)
+    def logps(model, items, elsewhere: Tensor) -> LabelledLogps:
+        labelled, reference = zip(*items)
+        policy = completion_logps(model, [item.rows[0] for item in labelled])
+        desirable = torch.tensor([item.desirable for item in labelled], device=policy.device)
+        reference = policy.new_tensor([pair[0] for pair in reference])
+        return LabelledLogps(policy, reference, desirable, elsewhere)
+
+    def metrics(logps: LabelledLogps) -> dict[str, Tensor]:
+        with torch.no_grad():
+            signs = torch.where(logps.desirable, 1, -1)
+            signed = beta * (logps.policy - logps.reference) * signs
+            kl = logps.log_ratios_elsewhere.mean().clamp(min=0)
+            return {
+                "rewards/signed": signed,  # of an undesirable completion, its negative
+                "rewards/accuracies": (1 + torch.sign(signed)) / 2,
+                "kl": kl.expand(len(signed)),
+                "logps/completion": logps.policy.detach(),
+            }
+
+    return Objective(logps, loss, metrics, of_whole_batch=log_ratios_elsewhere)
 
 
 def sft_objective() -> Objective:
     """Items are (prompt ids, completion ids); the loss is -log pi(token) of completion tokens."""
 
-    def losses(model, items):
+    def logps(model, items) -> Tensor:
         batch = collate(items).to(next(model.parameters()).device)
-        logps = token_logps(model, batch.input_ids, batch.attention_mask)
-        logps = (logps * batch.completion_mask[:, 1:]).sum(1)
-        return -logps.sum(), {"logps/completion": logps.detach()}
+        of_tokens = token_logps(model, batch.input_ids, batch.attention_mask)
+        return (of_tokens * batch.completion_mask[:, 1:]).sum(1)
 
-    return Objective(terms=lambda item: len(item[1]), losses=losses)
+    return Objective(
+        logps,
+        loss=lambda logps: -logps,
+        metrics=lambda logps: {"logps/completion": logps.detach()},
+        terms=lambda item: len(item[1]),
+    )
+
+
+# --- preference training, whole ---
 
 
 def train_preferences(
@@ -117,7 +306,7 @@ def train_preferences(
         cache = Path(output) / "reference_logps.safetensors" if output else None
         progress = loop.get("progress", False)
         reference = reference_logps(model, pairs, cache, bf16=config.bf16, progress=progress)
-    identity = {"loss": loss, **options, "data": fingerprint(model, pairs)}
+    identity = {"loss": loss, **options, "data": data_fingerprint(pairs)}
     items = list(zip(pairs, reference.tolist()))
     return train(model, items, objective, config, identity=identity, output=output, **loop)
 
@@ -137,139 +326,39 @@ def loss_arguments(loss: str, **given) -> dict:
         takes = ", ".join(arguments) or "nothing"
         raise TrainingError(f"the loss {loss} takes no {name}; it takes {takes}.")
     arguments |= given
-    if not arguments.get("beta", 1) > 0:
-        raise TrainingError(
-            f"beta must be above 0, got {arguments['beta']}: pi* is pi_ref exp(r / beta) / Z."
-        )
-    if not 0 <= arguments.get("label_smoothing", 0) < 0.5:
-        raise TrainingError(
-            f"label_smoothing must be in [0, 0.5), got {arguments['label_smoothing']}: it is the "
-            "chance that a label is wrong, and at one half labels say nothing."
-        )
+    for name, value in arguments.items():
+        check_loss_argument(name, value)
     return arguments
 
 
-def train(
-    model, items, objective, config, *,
-    identity=None, output=None, resume=False, monitor=None, progress=False,
-) -> list[dict]:  # fmt: skip
-    """Minimise the objective, changing the model in place. Returns the log, a row per step.
-
-    `output`: a folder for checkpoints; `resume`: go on from the one there, to the same weights bit
-    for bit. `monitor(model) -> dict` is called before the first step, every `monitor_every` steps
-    and after the last; its numbers join the log. `identity` says what run this is, so that another
-    run's checkpoint is refused.
-    """
-    from accelerate import Accelerator
-    from tqdm.auto import tqdm
-
-    accelerator = Accelerator(cpu=model.device.type == "cpu")
-    main, processes = accelerator.is_main_process, accelerator.num_processes
-    if config.batch_size % processes:
+def check_loss_argument(name: str, value) -> None:
+    """Raise TrainingError for a value that the argument of a loss cannot have."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "beta" and not (number and 0 < value < math.inf):
+        raise TrainingError(f"beta must be above 0, got {value}: pi* is pi_ref exp(r / beta) / Z.")
+    if name == "label_smoothing" and not (number and 0 <= value < 0.5):
         raise TrainingError(
-            f"{processes} processes cannot share {config.batch_size} items equally."
+            f"label_smoothing must be in [0, 0.5), got {value}: it is the chance that a label is "
+            "wrong, and at one half labels say nothing."
         )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    identity = {**asdict(config), **(identity or {}), "items": len(items)}
-    checkpoint = Path(output) / "checkpoint.safetensors" if output else None
-    log = load_checkpoint(checkpoint, parameters, optimizer, identity) if resume else []
-
-    def watch():
-        log[-1] |= monitor(model, log) if monitor and main else {}
-        accelerator.wait_for_everyone()
-
-    def save():
-        if checkpoint and main:
-            save_checkpoint(checkpoint, parameters, optimizer, identity, log)
-
-    if not log:
-        log.append({"step": 0})
-        watch()
-        save()
-    first = log[-1]["step"]
-    bar = tqdm(total=config.steps, initial=first, desc="train", disable=not (progress and main))
-    with bar, interruption() as interrupted:
-        for step in range(first + 1, config.steps + 1):
-            order = batch_indices(len(items), step - 1, config)
-            sums = accumulate(accelerator, model, [items[i] for i in order], objective, config)
-            sums["stop"] = torch.tensor(float(interrupted.is_set()), device=model.device)
-            row = {k: v.item() for k, v in accelerator.reduce(sums, "sum").items()}
-            stop, last = row.pop("stop") > 0, step == config.steps
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
-            rate = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
-            if not math.isfinite(row["loss"] + norm + rate):
-                kept = (
-                    f" The checkpoint of step {saved_step(checkpoint)} is kept." if output else ""
-                )
-                raise TrainingError(
-                    f"step {step}: the loss is {row['loss']:g}, its gradient's norm {norm:g} at "
-                    f"learning rate {rate:g}.{kept} Try a learning rate ten times smaller, a "
-                    "longer warm-up, or --no-bf16."
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            log.append({"step": step, **row, "grad_norm": norm, "learning_rate": rate})
-            if last or step % config.monitor_every == 0:
-                watch()
-            if last or stop or step % config.checkpoint_every == 0:
-                save()
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
-            if stop and not last:
-                go_on = f" {output} holds it: --resume goes on from there." if output else ""
-                raise TrainingInterrupted(f"Stopped after step {step} of {config.steps}.{go_on}")
-    return log
+    if not (number and 0 <= value < math.inf):  # gamma, alpha and KTO's weights
+        raise TrainingError(f"{name} must be a number, 0 or more, got {value!r}. Try 1.")
 
 
-def accumulate(accelerator, model, batch, objective, config) -> dict[str, Tensor]:
-    """Add a batch's gradient to the parameters, micro-batch by micro-batch.
+LARGEST_BLOCK = 8  # so that a batch of 32 has pairs of four prompts or more
 
-    Each loss term weighs 1 / (terms of the whole batch), so that neither micro-batches nor
-    processes change the result. Returns this process's share of the batch's mean metrics.
+
+def shared_prompt_block(pairs: Sequence) -> int:
+    """A `block_size` that keeps neighbours of one prompt together, so that the prompt is read once.
+
+    Pairs, or labelled completions, of one prompt stand in runs where they were sampled: six pairs
+    of four samples are a run of 6. Where 9 of 10 items stand in runs of one length, that length is
+    the block (above LARGEST_BLOCK its largest divisor below); otherwise 1.
     """
-    processes = accelerator.num_processes
-    total = sum(objective.terms(item) for item in batch)
-    mine = batch[accelerator.process_index :: processes]
-    size = config.micro_batch_size or len(mine)
-    sums: dict[str, Tensor] = {}
-    for start in range(0, len(mine), size):
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
-            loss, metrics = objective.losses(model, mine[start : start + size])
-        (loss / total).backward()
-        means = {"loss": loss.detach() / total}
-        means |= {name: values.sum() / len(batch) for name, values in metrics.items()}
-        sums = {name: sums.get(name, 0) + value for name, value in means.items()}
-    if processes > 1:  # each has its share of the sum over the batch
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad = accelerator.reduce(parameter.grad, "sum")
-    return sums
-
-
-def batch_indices(n: int, step: int, config: TrainingConfig) -> list[int]:
-    """The items of step 0, 1, ...: an endless stream of permutations of 0..n-1, cut into batches.
-
-    A function of its arguments alone: a resumed run sees what an undisturbed one would have seen.
-    """
-    indices, size = [], config.block_size
-    for position in range(step * config.batch_size, (step + 1) * config.batch_size):
-        epoch, offset = divmod(position, n)
-        if not indices or offset == 0:
-            generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-            blocks = torch.randperm(-(-n // size), generator=generator).tolist()
-            order = [i for b in blocks for i in range(b * size, min(n, (b + 1) * size))]
-        indices.append(order[offset])
-    return indices
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant, or to 0 linearly or by cosine."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    fraction = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = (1 + math.cos(math.pi * fraction)) / 2
-    shape = {"constant": 1.0, "linear": 1 - fraction, "cosine": cosine}[config.schedule]
-    return config.learning_rate * shape
+    runs = [len(list(run)) for _, run in groupby(pairs, key=lambda pair: pair.prompt_ids)]
+    if not runs:
+        return 1
+    length = max(sorted(set(runs)), key=lambda n: n * runs.count(n))
+    if length * runs.count(length) < 0.9 * len(pairs):
+        return 1
+    return max(size for size in range(1, LARGEST_BLOCK + 1) if length % size == 0)

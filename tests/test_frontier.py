@@ -1,10 +1,17 @@
 """The frontier study: its runs, how they are read, and what is stored of it."""
 
+import dataclasses
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from dpo_mini.checkpoints import written_aside
 from dpo_mini.course import frontier, studies
 
 RESULTS = Path(__file__).resolve().parents[1] / "notebooks" / "results"
@@ -72,6 +79,82 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path):
         raise AssertionError("a finished run was run again")
 
     assert studies.study("any", settings, never, tmp_path) == [done, done]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sleepy:
+    """A run that takes a while, for studies of runs."""
+
+    name: str
+    seed: int = 0
+
+
+def pid_of_run(setting, folder):
+    (folder / f"{setting.name}.pid").write_text(str(os.getpid()))
+    if setting.name == "slow":
+        time.sleep(120)
+    return {"error": f"{setting.name} {os.getpid()}"}
+
+
+@pytest.mark.slow
+def test_each_run_has_a_process_and_unreadable_results_are_made_anew(tmp_path):
+    settings = [Sleepy("a"), Sleepy("b")]
+    one, two = studies.study("any", settings, pid_of_run, tmp_path)
+    pids = {result["error"].split()[1] for result in (one, two)}
+    assert len(pids) == 2 and str(os.getpid()) not in pids
+    path = tmp_path / f"any-{studies.mark(settings[1])}.json"
+    path.write_text(path.read_text()[:-5])  # as a kill left it
+    again = studies.study("any", settings, pid_of_run, tmp_path)
+    assert again[0] == one and again[1]["error"].startswith("b ") and again[1] != two
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_result_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("whole")
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as partial:
+        partial.write_text("ha")
+        raise KeyboardInterrupt
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_frontier import Sleepy, pid_of_run
+from dpo_mini.course import studies
+if __name__ == "__main__":
+    studies.study("any", [Sleepy("slow")], pid_of_run, Path(sys.argv[1]))
+"""
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
+def test_a_worker_ends_with_its_parent(tmp_path):
+    script = tmp_path / "study.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    parent = subprocess.Popen([sys.executable, script, tmp_path])
+    written, deadline = tmp_path / "slow.pid", time.time() + 120
+    while not (written.exists() and written.read_text()):
+        assert parent.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    worker = int(written.read_text())
+    assert alive(worker)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.time() + 10
+    while alive(worker):
+        assert time.time() < deadline, "the worker outlived its parent"
+        time.sleep(0.1)
 
 
 def test_seeds_have_students_interval():

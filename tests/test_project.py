@@ -98,7 +98,7 @@ def test_the_library_is_read_in_one_sitting():
     ]
     lines = {p.name: len([x for x in p.read_text().splitlines() if x.strip()]) for p in library}
     assert sum(lines[f"{room}.py"] for room in ("losses", "logprobs", "training")) < 400, lines
-    assert sum(lines.values()) < 2350, lines
+    assert sum(lines.values()) < 3000, lines
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_cell_has_only_tags_that_mean_something():
 
 def test_no_floor_imports_a_floor_above_it():
     floors = [
-        ["hub", "settings", "losses", "family", "data", "checkpoints", "exact"],
+        ["hub", "settings", "losses", "family", "data", "processes", "checkpoints", "exact"],
         ["tokens", "models"],
         ["logprobs", "fast_logprobs", "sampling", "rewards"],
         ["reference", "curation"],

@@ -129,6 +129,13 @@ def ruled_pairs(n, seed):
     return pairs
 
 
+def loss_and_metrics(model, pairs):
+    """The sum of the reward model's losses, and its metrics."""
+    objective = reward_objective()
+    margins = objective.logps(model, pairs)
+    return objective.loss(margins).sum(), objective.metrics(margins)
+
+
 def test_a_reward_model_begins_at_log_2_and_learns_a_rule():
     torch.manual_seed(0)
     model = ScalarModel(make_gpt2(vocabulary=4, width=16, layers=1, context=16))
@@ -137,7 +144,7 @@ def test_a_reward_model_begins_at_log_2_and_learns_a_rule():
     assert log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert log[1]["rewards/accuracies"] == 0.5
     with torch.no_grad():
-        loss, metrics = reward_objective().losses(model, ruled_pairs(400, 2))
+        loss, metrics = loss_and_metrics(model, ruled_pairs(400, 2))
     # Measured with two seeds: accuracies above 0.99, losses below 0.15.
     assert metrics["rewards/accuracies"].mean() > 0.95 and loss / 400 < 0.25
 
@@ -146,7 +153,7 @@ def test_the_reward_loss_is_that_of_each_pair_alone(gpt2):
     scalar, pairs = awake(ScalarModel(gpt2)), random_pairs(5)
     chosen = sequence_rewards(scalar, [(p.prompt_ids, p.chosen_ids) for p in pairs])
     rejected = sequence_rewards(scalar, [(p.prompt_ids, p.rejected_ids) for p in pairs])
-    loss, metrics = reward_objective().losses(scalar, pairs)
+    loss, metrics = loss_and_metrics(scalar, pairs)
     by_hand = -(chosen.exp() / (chosen.exp() + rejected.exp())).log().sum()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
     assert torch.equal(metrics["rewards/accuracies"], (chosen > rejected).float())
@@ -162,10 +169,10 @@ def test_a_completion_in_several_pairs_is_read_once(gpt2):
     ]
     rows = []
     hook = scalar.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    whole, _ = reward_objective().losses(scalar, pairs)
+    whole, _ = loss_and_metrics(scalar, pairs)
     assert rows == [3]
     hook.remove()
-    alone = sum(reward_objective().losses(scalar, [pair])[0] for pair in pairs)
+    alone = sum(loss_and_metrics(scalar, [pair])[0] for pair in pairs)
     assert abs(whole - alone) < 1e-10
 
 
@@ -533,6 +540,40 @@ def test_the_log_says_what_was_sampled_and_calls_the_monitor(world, words):
         assert row["objective"] == pytest.approx(expected)
     again = reinforce(copy.deepcopy(world.reference), *args)
     assert [row.get("score") for row in again] == [row.get("score") for row in log]
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_a_loss_that_is_no_number_stops_it_before_the_step(method, world, words):
+    config = dataclasses.replace(CONFIG, steps=3, batch_size=8, minibatch_size=8, samples=4)
+    before = [p.clone() for p in world.policy.parameters()]
+
+    def reward(completions):
+        return torch.full((len(completions),), math.nan)
+
+    value = (world.value,) if method == "ppo" else ()
+    with pytest.raises(TrainingError, match="step 1: the loss is nan.*ten times smaller"):
+        getattr(rlhf, method)(
+            world.policy, world.reference, *value, words, list(PROMPTS), reward, config
+        )
+    assert all(torch.equal(p, q) for p, q in zip(world.policy.parameters(), before))
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_models_in_train_mode_are_put_into_evaluation_mode(method, world, words):
+    config = dataclasses.replace(CONFIG, steps=2, batch_size=8, minibatch_size=8, samples=4)
+
+    def run(noisy):
+        policy, reference, value = (
+            copy.deepcopy(model) for model in (world.policy, world.reference, world.value)
+        )
+        for model in (policy, reference, value) if noisy else ():
+            for module in model.train().modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.5
+        models = (policy, reference, value) if method == "ppo" else (policy, reference)
+        return getattr(rlhf, method)(*models, words, list(PROMPTS), world.reward, config)
+
+    assert run(noisy=True) == run(noisy=False)
 
 
 def test_a_baseline_of_others_needs_others(world, words):

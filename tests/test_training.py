@@ -5,6 +5,7 @@ wrong.
 import copy
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,8 @@ import torch
 from conftest import make_gpt2, random_pairs
 
 from dpo_mini import training
+from dpo_mini.checkpoints import finished
+from dpo_mini.course import studies
 from dpo_mini.course.plots import training_figure
 from dpo_mini.family import LOSSES, REFERENCE_FREE, kto_loss
 from dpo_mini.fast_logprobs import different_rows
@@ -30,8 +33,10 @@ from dpo_mini.training import (
     TrainingError,
     TrainingInterrupted,
     batch_indices,
+    diverged,
     learning_rate,
     sft_objective,
+    shared_prompt_block,
     train,
     train_preferences,
     unpaired_objective,
@@ -40,6 +45,9 @@ from dpo_mini.training import (
 CONFIG = TrainingConfig(
     steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=2, checkpoint_every=2, monitor_every=3
 )
+
+
+SFT_ITEMS = [(pair.prompt_ids, pair.chosen_ids) for pair in random_pairs(8)]
 
 
 def weights(model):
@@ -107,18 +115,22 @@ def test_accumulating_4_times_2_equals_1_times_8_with_unequal_lengths(objective)
         )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_paired_loss_accumulates_exactly(loss):
+@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+def test_every_loss_accumulates_exactly(loss):
+    """KTO too: its KL is that of the whole batch."""
+
     def run(micro):
         model = fresh().double()
         config = dataclasses.replace(CONFIG, steps=2, micro_batch_size=micro)
         log = train_preferences(model, random_pairs(20), config, loss=loss)
         return weights(model), [(row["loss"], row["grad_norm"]) for row in log[1:]]
 
-    (whole, log), (parts, log_parts) = run(8), run(2)
-    assert torch.allclose(whole, parts, atol=1e-9)
-    for a, b in zip(log, log_parts):
-        assert a == pytest.approx(b, rel=1e-9)
+    whole, log = run(None)
+    for micro in (1, 2, 3, 8):
+        part, log_parts = run(micro)
+        assert torch.allclose(whole, part, atol=1e-9)
+        for a, b in zip(log, log_parts):
+            assert a == pytest.approx(b, rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, "kto"])
@@ -219,7 +231,11 @@ def test_the_kl_of_kto_is_that_of_completions_of_other_prompts(turned):
         return kto_loss(logps, beta=0.4)
 
     given = [(own[1], other[1]) for own, other in answers]
-    total, metrics = unpaired_objective(loss, 0.4).losses(policy, list(zip(items, given)))
+    objective, known = unpaired_objective(loss, 0.4), list(zip(items, given))
+    with torch.no_grad():
+        log_ratios = objective.of_whole_batch(policy, known)
+    read = objective.logps(policy, known, log_ratios)
+    total, metrics = objective.loss(read).sum(), objective.metrics(read)
     (logps,) = seen
     elsewhere = [other[0] - other[1] for _, other in answers]
     assert logps.log_ratios_elsewhere.tolist() == pytest.approx(elsewhere, abs=1e-9)
@@ -262,27 +278,25 @@ def test_means_of_micro_batch_means_would_be_another_loss():
     """
     items = [(p.prompt_ids, p.chosen_ids) for p in random_pairs(8)]
     model, objective = fresh(), sft_objective()
-    whole = objective.losses(model, items)[0] / sum(map(objective.terms, items))
-    parts = [
-        objective.losses(model, items[i : i + 2])[0] / sum(map(objective.terms, items[i : i + 2]))
-        for i in range(0, 8, 2)
-    ]
+
+    def mean(some):
+        return objective.loss(objective.logps(model, some)).sum() / sum(map(objective.terms, some))
+
+    whole, parts = mean(items), [mean(items[i : i + 2]) for i in range(0, 8, 2)]
     assert abs(whole.item() - (sum(parts) / 4).item()) > 1e-3
 
 
 def test_a_batch_is_a_function_of_its_step_and_an_epoch_sees_every_item_once():
-    four, eight = TrainingConfig(batch_size=4), TrainingConfig(batch_size=8)
-    epoch = [i for step in range(5) for i in batch_indices(20, step, four)]
+    epoch = [i for step in range(5) for i in batch_indices(20, step, 4, 1, 0)]
     assert sorted(epoch) == list(range(20))
-    assert batch_indices(20, 2, eight)[:4] == epoch[16:20]  # batches may span epochs
-    assert batch_indices(20, 3, four) != batch_indices(20, 3, TrainingConfig(batch_size=4, seed=1))
-    assert sorted(batch_indices(3, 0, TrainingConfig(batch_size=9))) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    blocks = TrainingConfig(batch_size=6, block_size=6)
-    assert {batch_indices(18, step, blocks)[0] for step in range(3)} == {0, 6, 12}
-    assert all(
-        (ids := batch_indices(18, s, blocks)) == list(range(ids[0], ids[0] + 6)) for s in (0, 1)
-    )
-    epoch = [i for step in range(3) for i in batch_indices(17, step, blocks)][:17]
+    assert batch_indices(20, 2, 8, 1, 0)[:4] == epoch[16:20]  # batches may span epochs
+    assert batch_indices(20, 3, 4, 1, 0) != batch_indices(20, 3, 4, 1, 1)
+    assert sorted(batch_indices(3, 0, 9, 1, 0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {batch_indices(18, step, 6, 6, 0)[0] for step in range(3)} == {0, 6, 12}
+    for step in (0, 1):
+        first, *_ = together = batch_indices(18, step, 6, 6, 0)
+        assert together == list(range(first, first + 6))
+    epoch = [i for step in range(3) for i in batch_indices(17, step, 6, 6, 0)][:17]
     assert sorted(epoch) == list(range(17))  # the last block may be short
 
 
@@ -317,6 +331,60 @@ def test_the_reference_cache_knows_its_weights_and_tokens(tmp_path):
     )
 
 
+def test_the_reference_cache_knows_its_precision(tmp_path):
+    """A run in bfloat16 and then one without, in the same folder, begins at log 2."""
+    train_preferences(
+        fresh(), random_pairs(16), dataclasses.replace(CONFIG, bf16=True), output=tmp_path
+    )
+    log = train_preferences(fresh(), random_pairs(16), CONFIG, output=tmp_path)
+    assert log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    other = reference_logps(fresh(), random_pairs(16), bf16=True)
+    assert (other - reference_logps(fresh(), random_pairs(16))).abs().max() > 1e-3
+    cache = tmp_path / "reference_logps.safetensors"
+    single = reference_logps(fresh(), random_pairs(16), cache)
+    assert not torch.equal(single, reference_logps(fresh().bfloat16(), random_pairs(16), cache))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other shape", "nan"])
+def test_a_damaged_reference_cache_is_made_anew(tmp_path, damage):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    model, pairs, cache = fresh(), random_pairs(4), tmp_path / "reference.safetensors"
+    first = reference_logps(model, pairs, cache)
+    with safe_open(cache, "pt") as stored:
+        metadata = stored.metadata()
+    if damage == "cut":
+        cache.write_bytes(cache.read_bytes()[:-8])
+    elif damage in ("empty", "text"):
+        cache.write_bytes(b"" if damage == "empty" else b"not a cache at all")
+    else:
+        logps = first[:2] if damage == "other shape" else first * math.nan
+        save_file({"logps": logps.clone()}, cache, metadata)
+    assert torch.equal(first, reference_logps(model, pairs, cache))
+    with safe_open(cache, "pt") as stored:
+        assert torch.equal(first, stored.get_tensor("logps"))
+
+
+def test_a_model_in_train_mode_is_put_into_evaluation_mode():
+    """With dropout on, policy and reference would differ before the first step."""
+
+    def noisy():
+        model = fresh()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        return model.train()
+
+    log = train_preferences(noisy(), random_pairs(16), CONFIG)
+    assert log == train_preferences(fresh(), random_pairs(16), CONFIG)
+    assert log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    expected = reference_logps(fresh(), random_pairs(4))
+    assert torch.equal(reference_logps(noisy(), random_pairs(4)), expected)
+    log = train(noisy(), SFT_ITEMS, sft_objective(), CONFIG)
+    assert log == train(fresh(), SFT_ITEMS, sft_objective(), CONFIG)
+
+
 def test_sft_lowers_the_loss_of_the_completion_only():
     items = [(p.prompt_ids, p.chosen_ids) for p in random_pairs(8)]
     log = train(
@@ -324,7 +392,8 @@ def test_sft_lowers_the_loss_of_the_completion_only():
     )
     assert log[-1]["loss"] < 0.7 * log[1]["loss"]
     model = fresh()
-    loss = sft_objective().losses(model, [([0, 5, 6], [7, 0])])[0]
+    objective = sft_objective()
+    loss = objective.loss(objective.logps(model, [([0, 5, 6], [7, 0])])).sum()
     logits = model(torch.tensor([[0, 5, 6, 7]])).logits[0].log_softmax(-1)
     assert loss.item() == pytest.approx(-(logits[2, 7] + logits[3, 0]).item(), abs=1e-5)
 
@@ -430,12 +499,137 @@ def test_ctrl_c_stops_after_a_whole_step(tmp_path):
     assert training.saved_step(tmp_path / "checkpoint.safetensors") == 4
 
 
+def test_after_a_failure_ctrl_c_means_what_it_meant_before(tmp_path):
+    def fails(model, log):
+        if log[-1]["step"] == 3:
+            raise RuntimeError("the monitor failed")
+        return {}
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="the monitor failed") as error:
+        train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, monitor=fails)
+    assert signal.getsignal(signal.SIGINT) is before, error  # which still holds the traceback
+    objective = sft_objective()._replace(loss=lambda logps: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        train(fresh(), SFT_ITEMS, objective, CONFIG)
+    assert signal.getsignal(signal.SIGINT) is before, error
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path):
     train_preferences(fresh(), random_pairs(8), CONFIG, output=tmp_path)
     with pytest.raises(TrainingError, match="beta was 0.1, is 0.2"):
         train_preferences(fresh(), random_pairs(8), CONFIG, beta=0.2, output=tmp_path, resume=True)
     with pytest.raises(TrainingError, match="data was"):
         train_preferences(fresh(), random_pairs(8, seed=1), CONFIG, output=tmp_path, resume=True)
+
+
+def test_sft_of_other_texts_or_another_model_is_refused(tmp_path):
+    train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, output=tmp_path)
+    resumed = {"output": tmp_path, "resume": True}
+    with pytest.raises(TrainingError, match="data was"):
+        train(fresh(), SFT_ITEMS[::-1], sft_objective(), CONFIG, **resumed)
+    other = fresh()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.01)
+    with pytest.raises(TrainingError, match="model was"):
+        train(other, SFT_ITEMS, sft_objective(), CONFIG, **resumed)
+    assert len(train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, **resumed)) == 7
+
+
+def interrupted_run(folder):
+    """A checkpoint of step 2 of 6, with the optimiser's state."""
+
+    def dies(model, log):
+        if log[-1]["step"] == 3:
+            raise RuntimeError("killed")
+        return {}
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, output=folder, monitor=dies)
+    return folder / "checkpoint.safetensors"
+
+
+def rewritten(path, change):
+    """The checkpoint with its tensors and metadata changed, a sound file all the same."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        metadata = stored.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def without_a_weight(tensors, metadata):
+    tensors.pop(next(name for name in tensors if name.startswith("model.")))
+
+
+def without_a_moment(tensors, metadata):
+    tensors.pop(next(name for name in tensors if name.endswith("exp_avg_sq")))
+
+
+def without_a_row(tensors, metadata):
+    metadata["log"] = json.dumps([row for row in json.loads(metadata["log"]) if row["step"] != 1])
+
+
+def of_another_shape(tensors, metadata):
+    name = next(name for name in tensors if name.startswith("model.") and tensors[name].dim() == 2)
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def moment_of_another_shape(tensors, metadata):
+    name = next(name for name in tensors if name.endswith("exp_avg"))
+    tensors[name] = tensors[name].flatten()[:-1].clone()
+
+
+def without_metadata(tensors, metadata):
+    metadata.clear()
+    metadata["x"] = "y"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_a_weight, without_a_moment, without_a_row, of_another_shape,
+        moment_of_another_shape, without_metadata, "cut", "empty", "text",
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_told_in_a_sentence_and_changes_nothing(tmp_path, damage):
+    path = interrupted_run(tmp_path)
+    if callable(damage):
+        rewritten(path, damage)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"x" * 99}[damage])
+    model, damaged = fresh(), path.read_bytes()
+    before = weights(model).clone()
+    with pytest.raises(TrainingError, match="is damaged.*--overwrite|holds other tensors.*Start"):
+        train(model, SFT_ITEMS, sft_objective(), CONFIG, output=tmp_path, resume=True)
+    assert torch.equal(weights(model), before) and path.read_bytes() == damaged
+
+
+def test_what_kills_left_behind_is_cleaned_at_the_next_start(tmp_path):
+    interrupted_run(tmp_path)
+    leftovers = [tmp_path / "checkpoint.safetensors.123.partial", tmp_path / ".tmpAb3xYz"]
+    others = [tmp_path / "notes.txt", tmp_path / ".tmp", tmp_path / "pairs.jsonl"]
+    for path in leftovers + others:
+        path.write_text("half")
+    train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, output=tmp_path, resume=True)
+    assert not any(path.exists() for path in leftovers) and all(path.exists() for path in others)
+
+
+def test_a_finished_runs_checkpoint_is_small_and_still_says_that_it_is_finished(tmp_path):
+    path = interrupted_run(tmp_path)
+    halfway = path.stat().st_size
+    assert not finished(tmp_path) and not finished(tmp_path / "nothing")
+    model = fresh()
+    log = train(model, SFT_ITEMS, sft_objective(), CONFIG, output=tmp_path, resume=True)
+    assert finished(tmp_path) and path.stat().st_size < 0.4 * halfway  # no moments any more
+    again = fresh()
+    resumed = {"output": tmp_path, "resume": True}
+    assert train(again, SFT_ITEMS, sft_objective(), CONFIG, **resumed) == log
+    assert torch.equal(weights(again), weights(model))
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -467,6 +661,17 @@ def test_a_full_disk_keeps_the_last_checkpoint_whole(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_full_disk_at_the_first_checkpoint_says_that_none_is_there(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(tensors, path, metadata=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(TrainingError, match="no earlier one is there. Free some space"):
+        train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, output=tmp_path)
+
+
 def test_senseless_settings_are_refused():
     with pytest.raises(TrainingError, match="beta must be above 0"):
         train_preferences(fresh(), random_pairs(4), CONFIG, beta=0.0)
@@ -496,46 +701,104 @@ def test_lora_trains_adapters_alone_and_the_base_is_the_reference():
     assert torch.equal(base, kept)
 
 
-PROCESSES = """
-import os, sys, torch
-sys.path.insert(0, {tests!r})
-from conftest import make_gpt2, random_pairs
-from dpo_mini.settings import TrainingConfig
-from dpo_mini.training import train_preferences
-torch.manual_seed(0)
-model = make_gpt2().double()
-config = TrainingConfig(steps=5, batch_size=8, micro_batch_size=2, learning_rate=1e-3,
-                        warmup_steps=1)
-log = train_preferences(model, random_pairs(20), config, beta=0.5)
-if os.environ.get("RANK", "0") == "0":
-    torch.save(([p.detach() for p in model.parameters()], [r["loss"] for r in log[1:]],
-                [r["rewards/margins"] for r in log[1:]]), sys.argv[1])
-"""
+def with_adapters(rank=2, seed=0):
+    peft = pytest.importorskip("peft")
+    base = fresh()
+    torch.manual_seed(seed)
+    adapters = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(base, adapters)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, env=environment)
-    launch = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 2"
-    launch += " --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch = [*launch.split(), script, tmp_path / "two.pt"]
-    subprocess.run(launch, check=True, env=environment, capture_output=True)
-    (one, *one_log), (two, *two_log) = (
-        torch.load(tmp_path / "one.pt"),
-        torch.load(tmp_path / "two.pt"),
-    )
-    assert torch.allclose(torch.tensor(one_log), torch.tensor(two_log), atol=1e-6)
-    for a, b in zip(one, two):
-        assert torch.allclose(a, b, atol=1e-9)
+def test_a_lora_run_repeats_itself_and_resumes_bit_for_bit(tmp_path):
+    undisturbed, again = with_adapters(), with_adapters()
+    pairs = random_pairs(16)
+    log = train_preferences(undisturbed, pairs, CONFIG, output=tmp_path / "a")
+    assert train_preferences(again, pairs, CONFIG) == log
+
+    def press(model, log):
+        if log[-1]["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with pytest.raises(TrainingInterrupted, match="--resume goes on"):
+        train_preferences(with_adapters(), pairs, CONFIG, output=tmp_path / "b", monitor=press)
+    resumed = with_adapters()
+    go_on = {"output": tmp_path / "b", "resume": True}
+    assert train_preferences(resumed, pairs, CONFIG, **go_on) == log
+    assert torch.equal(weights(undisturbed), weights(resumed))
+    with pytest.raises(TrainingError, match="lora was 2, is 3"):
+        train_preferences(with_adapters(rank=3), pairs, CONFIG, **go_on)
+    with pytest.raises(TrainingError, match="lora was 2, is 0"):
+        train_preferences(fresh(), pairs, CONFIG, **go_on)
+    with pytest.raises(TrainingError, match="model was"):
+        train_preferences(with_adapters(seed=1), pairs, CONFIG, **go_on)
+
+
+# --- before and after ---
+
+
+def test_pairs_of_one_prompt_stay_together_where_they_stand_together():
+    def pairs(*runs):
+        return [TokenizedPair([i], [5], [6]) for i, run in enumerate(runs) for _ in range(run)]
+
+    assert shared_prompt_block(pairs(*[6] * 20)) == 6  # six pairs of four samples
+    assert shared_prompt_block(pairs(*[6] * 20, 5)) == 6  # a tie was dropped
+    assert shared_prompt_block(pairs(*[1] * 20)) == 1
+    assert shared_prompt_block(pairs(6, 1, 3, 2, 6, 4)) == 1  # no one length
+    assert shared_prompt_block(pairs(*[28] * 5)) == 7  # of eight samples: a batch has many prompts
+    assert shared_prompt_block(pairs(*[11] * 5)) == 1
+    assert shared_prompt_block([]) == 1
+    apart = [pair for _ in range(6) for pair in pairs(*[1] * 20)]  # not neighbours
+    assert shared_prompt_block(apart) == 1
+    assert shared_prompt_block(unpaired(random_pairs(5))) == 2
+
+
+def test_a_prompt_that_stays_together_is_read_once(monkeypatch):
+    pairs = [
+        TokenizedPair([0, prompt, 9, 9, 9, 9], [*chosen, 0], [*rejected, 0])
+        for prompt in range(1, 9)
+        for chosen, rejected in itertools.combinations([[5], [6], [7], [8]], 2)
+    ]
+    prompts = []
+    real = training.completion_logps
+
+    def counting(model, rows):
+        prompts.append(len({tuple(prompt) for prompt, _ in rows}))
+        return real(model, rows)
+
+    monkeypatch.setattr(training, "completion_logps", counting)
+    config = TrainingConfig(steps=8, batch_size=6, block_size=shared_prompt_block(pairs))
+    train_preferences(fresh(), pairs, config)
+    assert prompts == [1] * 8
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "kto", "sft"])
+def test_a_run_that_blew_up_is_told_from_a_healthy_one(loss):
+    def run(rate):
+        config = TrainingConfig(steps=30, batch_size=8, learning_rate=rate)
+        if loss == "sft":
+            return train(fresh(), SFT_ITEMS, sft_objective(), config)
+        return train_preferences(fresh(), random_pairs(16), config, loss=loss)
+
+    assert diverged(run(1e-3)) is None
+    said = diverged(run(4.0))
+    assert said.startswith("The run failed: ") and "The rate was 4. Try one ten times" in said
+
+
+def test_no_stored_run_of_the_course_is_called_failed_but_the_one_that_did():
+    failed, looked_at = [], 0
+    for path in sorted((Path(__file__).parents[1] / "notebooks" / "results").glob("*.json")):
+        for run in studies.stored(path).get("runs", []):
+            log = studies.rows(run["log"]) if isinstance(run.get("log"), dict) else []
+            looked_at += any("loss" in row for row in log)
+            failed += [run["setting"]["name"]] if diverged(log) else []
+    assert looked_at == 179 and failed == ["learning rate too high"]
+    assert diverged([{"step": 0}]) is None
 
 
 def test_a_checkpoint_holds_tensors_and_json_only(tmp_path):
     from safetensors import safe_open
 
-    train_preferences(fresh(), random_pairs(8), CONFIG, output=tmp_path)
-    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as stored:
-        assert json.loads(stored.metadata()["log"])[-1]["step"] == 6
+    with safe_open(interrupted_run(tmp_path), "pt") as stored:
+        assert json.loads(stored.metadata()["log"])[-1]["step"] == 2
         assert {key.split(".")[0] for key in stored.keys()} == {"model", "optimizer"}

@@ -51,7 +51,8 @@ def test_dpo_equals_trl_step_by_step(tiny_folder, tmp_path):
         schedule="constant",
         max_grad_norm=1.0,
     )
-    order = [i for step in range(STEPS) for i in batch_indices(len(rows()), step, config)]
+    steps = [batch_indices(len(rows()), step, BATCH, 1, config.seed) for step in range(STEPS)]
+    order = [i for step in steps for i in step]
 
     class InOrder(trl.DPOTrainer):
         def _get_train_sampler(self, *_):

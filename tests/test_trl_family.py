@@ -82,8 +82,7 @@ def reference_of(reference, items):
 def ours(models, pairs, name):
     policy, reference = models
     objective = preference_objective(lambda logps: LOSSES[name](logps, **given(name)), 1.0)
-    total, _ = objective.losses(policy, reference_of(reference, pairs))
-    return total / len(pairs)
+    return objective.loss(objective.logps(policy, reference_of(reference, pairs))).mean()
 
 
 def assert_same(mine, theirs, policy):
@@ -199,7 +198,11 @@ def test_kto_on_either_side_of_its_clamp(models, clamped):
     items = [items[i] for i in (0, 3, 4, 6, 7, 9)]
     options = {"beta": 0.7, "desirable_weight": 1.3, "undesirable_weight": 0.6}
     objective = unpaired_objective(lambda logps: kto_loss(logps, **options), 0.7)
-    total, metrics = objective.losses(policy, reference_of(reference, items))
+    known = reference_of(reference, items)
+    with torch.no_grad():
+        elsewhere = objective.of_whole_batch(policy, known)
+    logps = objective.logps(policy, known, elsewhere)
+    total, metrics = objective.loss(logps).sum(), objective.metrics(logps)
 
     own, elsewhere = (collate([item.rows[start] for item in items])._asdict() for start in (0, 1))
     fused = WithFusedHead(policy)

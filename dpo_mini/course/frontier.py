@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dpo_mini.checkpoints import written_aside
 from dpo_mini.course.studies import (
     columns,
     labelled_pairs,
@@ -263,11 +265,13 @@ def reward_model(world: World) -> ScalarModel:
     """Fitted to the pairs as long as a policy would be, kept for the next run of the same seed."""
     model, run = ScalarModel(world.reference), world.run
     path = world.folder / f"reward-{run.seed}-{run.prompts}.safetensors"
-    if path.exists():
+    try:
         model.load_state_dict(load_file(path))
-    else:
+    except (OSError, SafetensorError, RuntimeError):  # not there yet, or damaged
+        model = ScalarModel(world.reference)
         train(model, world.pairs, reward_objective(), run.offline)
-        save_file(model.state_dict(), path)
+        with written_aside(path) as partial:
+            save_file(model.state_dict(), partial)
     return model.to(world.reference.device).eval()
 
 
@@ -323,13 +327,13 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 def points(runs: Sequence[dict], method: str, number="reward_policy") -> dict[int, list[tuple]]:
     """Where a method's settings ended: for each seed (KL, number) of each, in order of KL."""
-    found: dict[int, list[tuple]] = {}
+    by_seed: dict[int, list[tuple]] = {}
     for run in runs:
         if run["setting"]["method"] == method:
             report = run["report"]
             place = (report["kl"]["mean"], report[number]["mean"])
-            found.setdefault(run["setting"]["seed"], []).append(place)
-    return {seed: sorted(places) for seed, places in found.items()}
+            by_seed.setdefault(run["setting"]["seed"], []).append(place)
+    return {seed: sorted(places) for seed, places in by_seed.items()}
 
 
 def reward_at(kl: float, places: Sequence[tuple]) -> float | None:
@@ -384,7 +388,7 @@ def main(argv=None) -> None:
     module = "dpo_mini.course.frontier"
     args = study_parser(module, __doc__, STUDIES).parse_args(argv)
     settings, folder = STUDIES[args.name], Path(args.folder)
-    results = study(args.name, settings, run, folder, args.workers, fresh=args.name == "cost")
+    results = study(args.name, settings, run, folder, args.workers)
     store(args.name, module, results, Path(args.output))
 
 

@@ -9,16 +9,18 @@ the whole is written to notebooks/results/NAME.json, with the command that made 
 import argparse
 import hashlib
 import json
+import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
 
 from dpo_mini import curation
-from dpo_mini.checkpoints import TrainingError
+from dpo_mini.checkpoints import TrainingError, written_aside
 from dpo_mini.curation import sampled_pairs
 from dpo_mini.data import PreferencePair, preference_pairs, read_rows, write_jsonl
 from dpo_mini.demo import DEMO_CONFIG, sample_monitor
@@ -27,7 +29,7 @@ from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length, load_model
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
-from dpo_mini.settings import TrainingConfig
+from dpo_mini.settings import TrainingConfig, check_whole
 from dpo_mini.tokens import tokenize_pairs
 from dpo_mini.training import preference_objective, train
 
@@ -83,7 +85,8 @@ def labelled_pairs(prompts: list[str], seed: int, folder: Path | None = None):
         *load_model(), prompts, load_reward(), 4, MAX_NEW_TOKENS, seed=seed, progress=False
     )
     if path:
-        write_jsonl(path, pairs)
+        with written_aside(path) as partial:
+            write_jsonl(partial, pairs)
     return pairs
 
 
@@ -113,11 +116,11 @@ def run(setting: Setting, folder: Path | None = None) -> dict:
     watch = sample_monitor(
         reference, tokenizer, watched, reward, judge, unseen, setting.beta, MAX_NEW_TOKENS
     )
-    seen = []
+    log_so_far = []
 
     def monitor(model, log):
         values = watch(model, log)
-        seen[:] = [*log[:-1], {**log[-1], **values}]
+        log_so_far[:] = [*log[:-1], {**log[-1], **values}]
         return values
 
     result = {"setting": asdict(setting), "pairs": len(pairs)}
@@ -130,7 +133,7 @@ def run(setting: Setting, folder: Path | None = None) -> dict:
         items = list(zip(pairs, logps.tolist()))
         log = train(policy, items, objective, config, monitor=monitor)
     except TrainingError as error:
-        return result | {"log": columns(seen), "error": str(error)}
+        return result | {"log": columns(log_so_far), "error": str(error)}
     report, rows = evaluate(
         policy, reference, tokenizer, held_out[: setting.evaluated_prompts], reward, judge,
         max_new_tokens=MAX_NEW_TOKENS, seed=setting.seed + 1,
@@ -221,26 +224,51 @@ STUDIES = {
 }
 
 
-def study(
-    name: str, settings, run, folder: Path, workers: int = 1, fresh: bool = False
-) -> list[dict]:
+def study(name: str, settings, run, folder: Path, workers: int = 1) -> list[dict]:
     """The results of `run(setting, folder)` for all settings, in order; those already in `folder`
-    are read. With `fresh` each run has a process of its own.
+    are read. Each run has a process of its own, so that its memory is its own too; `workers` of
+    them run at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {s: folder / f"{name}-{mark(s)}.json" for s in settings}
-    todo = [s for s in paths if not paths[s].exists()]
+    check_whole("workers", workers, 1, 1000, "Try 1.")
+    paths = {setting: folder / f"{name}-{mark(setting)}.json" for setting in settings}
+    todo = [setting for setting, path in paths.items() if kept_result(path) is None]
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), torch.set_num_threads, (threads,),
-        max_tasks_per_child=1 if fresh else None,
-    ) as pool:  # fmt: skip
-        jobs = {pool.submit(run, setting, folder): setting for setting in todo}
-        for i, job in enumerate(as_completed(jobs), start=1):
-            setting, result = jobs[job], job.result()
-            paths[setting].write_text(json.dumps(result), encoding="utf-8")
-            print(f"{i} of {len(todo)}: {setting.name}, seed {setting.seed}: {brief(result)}")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
+    with ThreadPoolExecutor(workers) as pool:  # a thread waits for each process
+        jobs = {pool.submit(in_a_process, threads, run, one, folder): one for one in todo}
+        try:
+            for i, job in enumerate(as_completed(jobs), start=1):
+                setting, result = jobs[job], job.result()
+                with written_aside(paths[setting]) as partial:
+                    partial.write_text(json.dumps(result), encoding="utf-8")
+                print(f"{i} of {len(todo)}: {setting.name}, seed {setting.seed}: {brief(result)}")
+        finally:  # after Ctrl-C or an error no further run begins
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [kept_result(path) for path in paths.values()]
+
+
+def kept_result(path: Path) -> dict | None:
+    """A run's result; None where there is none that can be read, so that it is made anew."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def in_a_process(threads: int, work, *arguments):
+    """What `work(*arguments)` returns, computed in a new process that ends with this one."""
+    with ProcessPoolExecutor(1, get_context("spawn"), start_worker, (threads,)) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def start_worker(threads: int) -> None:
+    """Set up a worker: its threads, and a watch on its parent, without which it ends at once."""
+    torch.set_num_threads(threads)
+
+    def end_with_the_parent():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
 
 
 def mark(setting: Setting) -> str:
@@ -262,13 +290,13 @@ def stored(path) -> dict:
 
 def store(name: str, module: str, results: list[dict], output: Path) -> None:
     """Write a study's results to `output`/NAME.json, with the command that made them."""
-    output.mkdir(parents=True, exist_ok=True)
     made = {
         "command": f"python -m {module} {name}",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
-    (output / f"{name}.json").write_text(json.dumps(made | {"runs": results}), "utf-8")
+    with written_aside(output / f"{name}.json") as partial:
+        partial.write_text(json.dumps(made | {"runs": results}), "utf-8")
 
 
 def study_parser(module: str, description: str, names) -> argparse.ArgumentParser:
