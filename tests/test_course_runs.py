@@ -85,6 +85,22 @@ def test_memory_decides_how_many_pairs_are_read_at_once():
     assert recipe().model == "embedded" and recipe().dataset is None
 
 
+def test_the_readme_trains_gpt2_as_notebook_08_does():
+    from dpo_mini import cli
+
+    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    lines = {line.split()[1]: line.split()[1:] for line in text.splitlines() if "runs/sft" in line}
+    plan = recipe("gpt2", memory=80, bf16=True)
+    for verb, config in (("sft", plan.sft), ("train", plan.dpo)):
+        args = cli.parser().parse_args(lines[verb])
+        for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "schedule"):
+            assert getattr(args, name) == getattr(config, name), (verb, name)
+    assert cli.parser().parse_args(lines["train"]).beta == plan.beta
+    pairs = cli.parser().parse_args(lines["pairs"])
+    assert (pairs.n_prompts, pairs.max_new_tokens) == (plan.prompts, plan.max_new_tokens)
+    assert pairs.reward == plan.reward
+
+
 @pytest.fixture
 def imdb_folder(tmp_path):
     from datasets import Dataset
