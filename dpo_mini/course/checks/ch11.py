@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
-from dpo_mini.family import LOSSES, LabelledLogps, kto_loss, log_odds, orpo_loss
+from dpo_mini.family import LOSSES, LabelledLogps, kto_loss, orpo_loss
 from dpo_mini.losses import PairLogps
 
 
