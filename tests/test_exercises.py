@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 
@@ -191,3 +192,56 @@ def test_a_teacher_sees_who_solved_what(tmp_path):
     said = collect.summary([ann, tmp_path / "nobody.json"])
     assert re.search(r"ann +1, 2\.0", said) and re.search(r"nobody +0", said)
     assert "1  03.3 no reference" in said
+
+
+def judged(id, answer):
+    return engine.examine(checks.exercise(id), answer, seed=5)
+
+
+def test_what_is_right_is_accepted_however_it_is_written():
+    def gradient(w, l, rw, rl, b):
+        size = b * torch.sigmoid(b * ((l - rl) - (w - rw))) / len(w)
+        return torch.stack((-size, size))  # for a tuple
+
+    solution = checks.exercise("04.2").right[0]
+    assert judged("04.2", gradient).solved
+    assert judged("04.2", lambda *a: tuple(t.float() for t in solution(*a))).solved
+    assert judged("08.1", lambda *a: np.float64(checks.exercise("08.1").truth(*a))).solved
+    assert judged("08.3", lambda *a: np.int64(checks.exercise("08.3").truth(*a))).solved
+    words = checks.exercise("01.4").truth()
+    assert judged("01.4", lambda: {key: f" {word.upper()} " for key, word in words.items()}).solved
+    assert judged("01.4", lambda: {key: word == "yes" for key, word in words.items()}).solved
+    numbers = checks.exercise("12.1").truth() | {"0.1 nat": 0.025}
+    assert judged("12.1", lambda: numbers).solved
+
+
+def test_a_verdict_speaks_of_the_learners_own_arguments():
+    def changes(mine, theirs, kept):
+        result = ((mine - theirs) * kept).sum(1).mean()
+        kept.zero_()
+        return result
+
+    verdict = judged("05.2", changes)
+    assert verdict.mistake == "kept is changed in place" and "args" not in verdict.message
+    verdict = judged("05.2", lambda mine, theirs, kept: (mine - theirs).sum(1).mean())
+    assert verdict.mistake == "kept is all ones"
+    verdict = judged("05.2", lambda one: one)
+    assert verdict.mistake == "the arguments" and "policy, reference, mask" in verdict.message
+    five_one = checks.exercise("05.1").right[0]
+    in_float32 = judged("05.1", lambda *a: five_one(*a).float().double())
+    assert "compute in float64" in in_float32.message
+
+
+def test_a_tie_is_exact_and_a_fit_may_be():
+    def tolerant(w, l, rw, rl, b):
+        chosen, rejected = b * (w - rw), b * (l - rl)
+        close = torch.isclose(chosen, rejected, atol=1e-6)
+        points = torch.where(close, 0.5, (chosen > rejected).double())
+        return tuple(x.mean() for x in (chosen, rejected, chosen - rejected, points))
+
+    def never_full(memory, parameters, length, vocabulary, batch):
+        room, pair = memory * 2**30 - 16 * parameters, 24 * length * vocabulary
+        return max((n for n in range(1, batch + 1) if batch % n == 0 and n * pair < room), default=0)
+
+    assert not judged("04.3", tolerant).solved
+    assert judged("08.3", never_full).mistake == "wrong only where the memory is just full"

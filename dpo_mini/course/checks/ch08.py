@@ -250,6 +250,7 @@ FITTING = Exercise(
         Wrong("not a divisor of the batch", "batch % n == 0 and  -> ", "That many fit, but the batch has to be cut into equal parts without a rest."),
         Wrong("more than the batch has", "range(1, batch + 1) -> range(1, 10 * batch) | batch % n == 0 and -> (batch % n == 0 or n > batch) and", "No micro-batch can have more pairs than the whole batch."),
         Wrong("rounded up", "n * pair <= room -> (n - 1) * pair <= room", "A pair that fits in part does not fit."),
+        Wrong("to the nearest", "n * pair <= room -> n <= round(room / pair)", "A pair that fits in part does not fit."),
         Wrong("strictly fewer than fit", "n * pair <= room -> (n + 1) * pair <= room", "You may use the memory up: which is the largest number that still fits?"),
         Wrong("at least one", "default=0 -> default=1", "Where not even one pair fits, one pair is a crash in the first step. The task asks for 0 there."),
         Wrong("a power of two", "return max(fitting, default=0) -> return 2 ** int(math.log2(min(batch, room // pair))) if room >= pair else 0", "Powers of two are a habit. Which numbers divide a batch of 60 without a rest?"),

@@ -178,7 +178,7 @@ def recognised(exercise: Exercise, trial: Trial, complaints: list) -> tuple[str,
         for mistake in exercise.listed:
             if matches(mistake.answer, trial):
                 return mistake.name, mistake.hint
-        if found := symptoms.six_digits(trial, wrong):
+        if found := symptoms.six_digits(trial, wrong) or symptoms.overlooked(trial, wrong, most=1):
             return found
         until = time.process_time() + SECONDS
         for mistake in derived(exercise, trial.cases[0], trial.names):

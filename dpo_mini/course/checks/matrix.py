@@ -36,21 +36,25 @@ def derived(exercise: Exercise, seed: int) -> list[str]:
     trial = engine.tried(exercise, exercise.truth, seed)
 
     def outcomes(answer):
-        return [
-            engine.outcome(answer, case, seed, truth.value)
-            for case, truth in zip(trial.cases, trial.expected)
-        ]
+        """None where an error is raised."""
+        found = []
+        for case, truth in zip(trial.cases, trial.expected):
+            found.append(engine.outcome(answer, case, seed, truth.value))
+            if found[-1].error:
+                return None
+        return found
 
     def key(found):
         return repr([[engine.show(x, 9) for x in (o.value, *o.gradients)] for o in found])
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a mistake does
-        seen = {key(trial.expected)} | {key(outcomes(m.answer)) for m in exercise.listed}
+        listed = [found for m in exercise.listed if (found := outcomes(m.answer))]
+        seen = {key(found) for found in (trial.expected, *listed)}
         names = {}
         for mistake in engine.derived(exercise, trial.cases[0], trial.names):
             found = outcomes(mistake.answer)
-            if any(o.error for o in found) or key(found) in seen:
+            if found is None or key(found) in seen:
                 continue
             wrong = (
                 engine.complaint(e, o, exercise.tolerance, trial.names)

@@ -54,11 +54,11 @@ def overflow(trial, wrong):
     )
 
 
-def overlooked(trial, wrong):
-    """Wrong only in cases that have one property."""
+def overlooked(trial, wrong, most=3):
+    """Wrong only in cases that have one property, or one of a few."""
     about = {getattr(trial.cases[i], "about", None) for i in wrong}
     right = len(trial.cases) - len(wrong)
-    if len(about) > 3 or None in about or not right:
+    if len(about) > most or None in about or not right:
         return None
     hint = "All other cases are right: what does the task say of this one?"
     return f"wrong only where {' or '.join(sorted(about))}", hint
