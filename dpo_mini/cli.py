@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from functools import cache
 
 # Only light modules here: --help answers at once, and torch is loaded by the verb that needs it.
 from dpo_mini.console import one_line, printable
@@ -73,6 +74,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {said}. See {self.prog} --help.\n")
 
 
+@cache
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         "dpo-mini", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -18,7 +18,7 @@ MODEL_FILES = (
 )  # fmt: skip
 TRAINING_FILES = (
     "checkpoint.safetensors*", "reference_logps.safetensors*", "log.jsonl", "report.json",
-    "samples.jsonl", "pairs.jsonl", "held_out_pairs.jsonl", "training.png", "before_after.png",
+    "samples.jsonl", "training.png", "before_after.png",
 )  # fmt: skip
 PRETRAINING_FILES = ("pretraining.json", "corpus.*", "checkpoint.pt", "checkpoint.tmp")
 
@@ -74,10 +74,16 @@ def prepare_file(path, overwrite: bool) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a run of ours wrote the model in the folder, or was about to."""
-    if any((folder / name).exists() for name in ("checkpoint.safetensors", "pretraining.json")):
+    """Whether a run of ours wrote what is in the folder, or was about to."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / "pretraining.json").exists() or "dpo_mini" in front_matter(folder):
         return True
-    return "dpo_mini" in front_matter(folder)
+    try:
+        with safe_open(folder / "checkpoint.safetensors", "pt") as stored:
+            return {"identity", "log"} <= (stored.metadata() or {}).keys()
+    except (OSError, SafetensorError):  # none, or no safetensors file
+        return False
 
 
 def matching(folder: Path, patterns) -> list[Path]:
@@ -86,10 +92,13 @@ def matching(folder: Path, patterns) -> list[Path]:
 
 def empty_of_earlier_run(folder: Path, patterns, inputs=()) -> None:
     """Delete what an earlier run wrote: a template, an adapter or a shard that stayed would be
-    used with the new model. What no run of ours writes stays, and so do this run's inputs.
+    used with the new model. A folder that is not ours stays as it is, and so do files that no run
+    of ours writes and this run's inputs.
     """
+    if not (is_main_process() and is_ours(folder)):
+        return
     kept = {Path(path).resolve() for path in inputs if path}
-    for path in matching(folder, patterns) if is_main_process() else []:
+    for path in matching(folder, patterns):
         if path.is_file() and path.resolve() not in kept:
             path.unlink()
 

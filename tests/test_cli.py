@@ -15,8 +15,8 @@ import pytest
 from dpo_mini.cli import main
 from dpo_mini.console import printable
 from dpo_mini.hub import HubError, hub_is_reachable
-from dpo_mini.models import load_model
-from dpo_mini.settings import TrainingConfig
+from dpo_mini.models import cooled, load_model
+from dpo_mini.settings import SettingsError, TrainingConfig
 from dpo_mini.sources import in_held_out_tenth
 from dpo_mini.verbs import VERBS
 
@@ -622,6 +622,13 @@ def test_what_is_not_ours_or_is_read_is_never_overwritten(tiny_folder, pairs, tm
     fails(capsys, train("--model", tiny_folder, *given), "dpo-mini did not write")
     fails(capsys, train("--model", theirs, *given), "is the model to read")
     assert {p.name: p.read_bytes() for p in theirs.iterdir()} == before
+    home = tmp_path / "home"  # holds no model, and files named as ours are
+    home.mkdir()
+    for name in ("pairs.jsonl", "log.jsonl", "before_after.png", "precious.txt"):
+        (home / name).write_text("mine")
+    command = ["cool", "--model", tiny_folder, "--overwrite", "--output", home]
+    assert main([*map(str, command)]) == 0
+    assert all((home / name).read_text() == "mine" for name in ("pairs.jsonl", "log.jsonl"))
     ours = tmp_path / "ours"
     assert train("--model", tiny_folder, "--pairs", pairs, "--output", ours) == 0
     before = {p.name: p.read_bytes() for p in ours.iterdir()}
@@ -847,3 +854,61 @@ def test_prompts_end_where_the_model_has_none_to_give(tiny_folder, tmp_path, cap
 def test_judges_need_labelled_texts_and_a_gpt2(texts, tmp_path, capsys):
     command = ["judges", "--dataset", str(texts), "--output", str(tmp_path / "o")]
     fails(capsys, main(command), "0 or 1 in 'label'")
+
+
+# --- a model's temperature ---
+
+
+def tiny_model(kind):
+    """A random model whose logits are far from 0, and whose norms and biases are not trivial."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shared = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    config, model = {
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+        "llama": ("LlamaConfig", "LlamaForCausalLM"),
+        "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),  # 1 + weight, softly capped logits
+        "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+        "cohere": ("CohereConfig", "CohereForCausalLM"),  # scaled logits
+        "phi": ("PhiConfig", "PhiForCausalLM"),  # a head with a bias
+        "olmo": ("OlmoConfig", "OlmoForCausalLM"),  # a norm without weights
+    }[kind]
+    if kind in ("qwen2", "cohere", "phi", "olmo"):
+        shared.pop("head_dim")
+    model = getattr(transformers, model)(getattr(transformers, config)(**shared)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += torch.randn_like(parameter) * 0.3
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "gemma3", "qwen2", "cohere", "phi"])
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+def test_a_cooled_model_is_the_model_at_that_temperature(kind, temperature, tmp_path):
+    import torch
+
+    model = tiny_model(kind)
+    ids = torch.randint(0, 97, (3, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        cold = cooled(model, temperature)
+        cold.save_pretrained(tmp_path)
+        for one in (cold, type(model).from_pretrained(tmp_path)):
+            logps = one(input_ids=ids).logits.log_softmax(-1)
+            assert torch.allclose(logps, (before / temperature).log_softmax(-1), atol=1e-5)
+        assert torch.equal(model(input_ids=ids).logits, before)  # the model itself is untouched
+
+
+def test_what_cannot_be_cooled_is_refused():
+    with pytest.raises(HubError, match="--temperature"):
+        cooled(tiny_model("olmo"), 0.5)
+    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(SettingsError):
+            cooled(tiny_model("gpt2"), temperature)
