@@ -34,6 +34,7 @@ def test_first_tokens_follow_the_softmax_tail_included(tiny_folder):
     assert chi_square < 39 + 5 * (2 * 39) ** 0.5, chi_square
 
 
+@pytest.mark.filterwarnings("error:.*which is slower")
 def test_a_prompt_of_another_length_in_the_batch_changes_nothing(tiny_folder):
     """Left padding must not shift positions: greedy-like sampling at low temperature agrees with a
     batch of one.
@@ -95,6 +96,7 @@ def generated(model, prompts, tokens, end, **options):
     return [through_first(ids, end) for ids in output[:, batch.input_ids.shape[1] :].tolist()]
 
 
+@pytest.mark.filterwarnings("error:.*which is slower")
 def test_greedy_equals_generate_also_where_rows_end_early(any_model):
     """`end` is a token that some rows reach and others do not, so rows are dropped on the way."""
     u = torch.zeros(12, len(PROMPTS))
