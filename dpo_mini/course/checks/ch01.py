@@ -300,7 +300,7 @@ NEEDED = Exercise(
         Wrong("the reward treated like the probability", "1.96**2 / (curvature * w**2) -> 1.96**2 * curvature / w**2", "A nearly certain winner shows its probability at once, but not by how much it is better. Where does the curvature stand in the error?"),
         Wrong("the reward with one standard error", "1.96**2 / (curvature -> 1 / (curvature", "The error 1 / sqrt(curvature) is one standard error; the interval reaches 1.96 of them."),
         Wrong("the reward's curvature squared", "(curvature * w**2) -> (curvature * w) ** 2", "The error is 1 / sqrt(n times the curvature of one comparison): after squaring, the curvature has power 1."),
-        Wrong("the reward without the curvature", "(curvature * w**2) -> w**2", "The error depends on how sharply one comparison bends the loss: sigma(Delta) sigma(-Delta). What is that in terms of p?"),
+        Wrong("the reward without the curvature", "(curvature * w**2) -> w**2", "The error depends on how sharply one comparison bends the loss: sigma(d) sigma(-d). What is that in terms of p?"),
         Wrong("the reward with w taken for the whole width", "1.96**2 / (curvature -> 4 * 1.96**2 / (curvature", "The interval reaches w to each side of the estimate: w is its half-width."),
         Wrong("the reward with w not squared", "(curvature * w**2) -> (curvature * w)", "The error falls as 1 / sqrt(n): half the width must cost four times the comparisons."),
     ),

@@ -167,6 +167,7 @@ SAMPLED_KL = Exercise(
         Wrong("the ratio without its logarithm", "logratios.mean() -> logratios.exp().mean()", "Inside the expectation stands a difference of logarithms: no exponential is needed."),
         Wrong("each token weighted by its probability again", "(policy - reference) -> policy.exp() * (policy - reference)", "In a sum over all texts each has the weight pi(y). Samples from pi come that often by themselves."),
         Wrong("each text weighted by its probability again", "logratios.mean() -> ((policy * mask).sum(1).exp() * logratios).sum()", "This is right where every text is listed once. Samples from pi come as often as pi says: what is left is a plain mean."),
+        Wrong("each text weighted by its share of the samples' probabilities", "logratios.mean() -> ((policy * mask).sum(1).softmax(0) * logratios).sum()", "Samples from pi come as often as pi says, so each already counts as it should: what is left is a plain mean."),
         Wrong("half the square", "logratios.mean() -> (logratios**2 / 2).mean()", "This is near the KL where the two models almost agree, and biased elsewhere. The KL is the expectation of the log-ratio itself."),
         Wrong("another unbiased estimate", "logratios.mean() -> (logratios + (-logratios).exp() - 1).mean()", "This is unbiased too, since the added ratio has mean 1, and it is never negative. The task asks for the plain one, the mean log-ratio."),
     ),

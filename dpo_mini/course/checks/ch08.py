@@ -256,6 +256,8 @@ FITTING = Exercise(
         Wrong("a power of two", "return max(fitting, default=0) -> return 2 ** int(math.log2(min(batch, room // pair))) if room >= pair else 0", "Powers of two are a habit. Which numbers divide a batch of 60 without a rest?"),
         Wrong("the batch halved until it fits", "return max(fitting, default=0) -> while batch * pair > room and batch > 1:\n        batch = -(-batch // 2)\n    return batch if batch * pair <= room else 0",
               "Between a batch and its half there may be no divisor, but below the half there are others: 60 is three times 20."),
+        Wrong("the batch halved, rounding down", "return max(fitting, default=0) -> while batch * pair > room and batch > 0:\n        batch = batch // 2\n    return batch",
+              "Half of 15 is 7, which does not divide 60 without a rest; and between a batch and its half there may be other divisors."),
         Wrong("the number of micro-batches", "result = batch // result if result else 0", "That is how many micro-batches a step has. How many pairs are in each?"),
         Wrong("the smallest divisor", "max(fitting -> min(fitting", "One pair at a time always works, and leaves most of the memory idle."),
         Wrong("the whole batch", "result = batch", "That is the fastest, if it fits. How many bytes does a pair take, and how many are free?"),

@@ -171,7 +171,7 @@ def kto_cases(generator):
         case(torch.tensor([True]), 0.8, 0.5, 1.5, 0.7),
         case(labels(*good, *bad), 1.0, 0.3, 1.0, 1.0),
         case(labels(*good, *good, *bad), 0.6, 0.7, 0.6, 1.3),
-        Edge("z is", case(labels(*good, *bad, *bad), -0.9, 0.4, 1.2, 0.5)),
+        Edge("the mean of the other log-ratios is below 0", case(labels(*good, *bad, *bad), -0.9, 0.4, 1.2, 0.5)),
         (far, torch.zeros(5, dtype=torch.float64), torch.tensor([True, True, False, False, True]),
          elsewhere(5, 0.7), 1.0, 0.8, 1.7),
     ]  # fmt: skip
@@ -228,14 +228,14 @@ KTO = Exercise(
         Wrong("z from the desirable items' places only", "elsewhere.detach() -> elsewhere[desirable].detach()", "All of `elsewhere` counts for z, whatever the label of the item beside it."),
         Wrong("no z", "reference - z) -> reference)", "Without z gains and losses are felt from the reference. KTO feels them from where the policy is on average."),
         Wrong("z is added", "reference - z -> reference + z", "A desirable completion is a gain only as far as its log-ratio exceeds z."),
-        Wrong("z on the same side for both labels", "bad = undesirable_weight * torch.sigmoid(gain) -> bad = undesirable_weight * torch.sigmoid(beta * (policy - reference + z))", "For an undesirable completion the whole difference r - z is turned round, z as well."),
-        Wrong("z without beta", "beta * (policy - reference - z) -> beta * (policy - reference) - z", "r and z are both in nats: beta multiplies their difference."),
+        Wrong("z on the same side for both labels", "bad = undesirable_weight * torch.sigmoid(gain) -> bad = undesirable_weight * torch.sigmoid(beta * (policy - reference + z))", "For an undesirable completion the whole difference u - z is turned round, z as well."),
+        Wrong("z without beta", "beta * (policy - reference - z) -> beta * (policy - reference) - z", "u and z are both in nats: beta multiplies their difference."),
         Wrong("beta outside the sigmoid", "gain = beta * -> gain = 1 * | torch.where(desirable, good, bad) -> beta * torch.where(desirable, good, bad)", "Beta scales what the sigmoid sees, not the loss."),
         Wrong("the weights are missing", "desirable_weight, undesirable_weight = 1, 1", "Desirable and undesirable completions have weights, for batches that hold more of one kind."),
         Wrong("one weight for both labels", "undesirable_weight = desirable_weight", "Each label has its own weight."),
         Wrong("the weights inside the sigmoid", "good = desirable_weight * torch.sigmoid(-gain) -> good = torch.sigmoid(-gain * desirable_weight) | bad = undesirable_weight * torch.sigmoid(gain) -> bad = torch.sigmoid(gain * undesirable_weight)",
               "A weight says how much an item's loss counts; beta alone stands inside."),
-        Wrong("every completion is taken for desirable", "torch.sigmoid(gain) -> torch.sigmoid(-gain)", "Undesirable completions must be pushed down: theirs is the sigmoid of z - r."),
+        Wrong("every completion is taken for desirable", "torch.sigmoid(gain) -> torch.sigmoid(-gain)", "Undesirable completions must be pushed down: theirs is the sigmoid of z - u."),
         Wrong("undesirable completions are left out", "bad = undesirable_weight * -> bad = 0 *", "Half of what KTO learns is from the completions that were called bad."),
         Wrong("minus the value", "result = result - torch.where(desirable, desirable_weight, undesirable_weight)", "The gradient is right, the level is not: the loss is weight times (1 - sigmoid), never below 0."),
         Wrong("a log-sigmoid", "torch.sigmoid(-gain) -> -torch.nn.functional.logsigmoid(gain) | torch.sigmoid(gain) -> -torch.nn.functional.logsigmoid(-gain)", "KTO has no logarithm: a completion that is hopelessly lost pulls as little as one that is settled."),
@@ -330,12 +330,12 @@ def traits(name: str) -> dict[str, bool]:
 
     found = {}
     for _ in range(3):
-        q_w, q_l, r_w, r_l = (torch.rand(4, generator=generator, dtype=torch.float64)).tolist()
+        q_w, q_l, u_w, u_l = (torch.rand(4, generator=generator, dtype=torch.float64)).tolist()
         q_w, q_l = -20 - 5 * q_w, -24 - 5 * q_l
-        w, l, m, n = q_w + r_w, q_l + r_l, 9.0, 13.0  # margin below 1: no hinge is at rest
+        w, l, m, n = q_w + u_w, q_l + u_l, 9.0, 13.0  # margin below 1: no hinge is at rest
         pair, swapped = (w, l, q_w, q_l, m, n), (l, w, q_l, q_w, n, m)
         value, by_w, by_l = at(name, *pair)
-        chance = 1 / (1 + math.exp(-beta * (r_w - r_l)))  # the label's, if the margin is right
+        chance = 1 / (1 + math.exp(-beta * (u_w - u_l)))  # the label's, if the margin is right
         _, back_l, back_w = at(name, *swapped)
         one = {
             "pairs": True,

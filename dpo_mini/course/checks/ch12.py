@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini import exact
-from dpo_mini.course.checks.engine import Exercise, Wrong
+from dpo_mini.course.checks.engine import Edge, Exercise, Wrong
 
 BETA, KL, REWARD = 0.25, 4.0, 2.0  # the one point that is known
 
@@ -176,7 +176,8 @@ def gap_cases(generator):
     cases.append(
         (*a, *b, mixed(low, 0.7 * low + 0.3 * high, 0.2 * low + 0.8 * high, 1.0, 0.1, 40.0))
     )
-    cases.append((*points(0.0, 1.0, 1.0), *points(6.0, 2.0, 2.0), mixed(0.2, 4.0, 6.5, 9.0)))
+    apart = (*points(0.0, 1.0, 1.0), *points(6.0, 2.0, 2.0), mixed(0.2, 4.0, 6.5, 9.0))
+    cases.append(Edge("no target is left", apart))
     return cases
 
 

@@ -7,6 +7,7 @@ is read from how its numbers differ (symptoms.py).
 """
 
 import inspect
+import itertools
 import linecache
 import math
 import numbers
@@ -186,7 +187,56 @@ def recognised(exercise: Exercise, trial: Trial, complaints: list) -> tuple[str,
                 return mistake.name, mistake.hint
             if time.process_time() > until:
                 break
+        for mistake in together(exercise):
+            if matches(mistake.answer, trial, must_answer=True):
+                return mistake.name, mistake.hint
+            if time.process_time() > until:
+                break
+        if found := recognised_in_part(exercise, trial):
+            return found
     return symptoms.read(trial, wrong)
+
+
+def recognised_in_part(exercise: Exercise, trial: Trial) -> tuple[str, str] | None:
+    """Of an answer of several values: a listed mistake that gives just one of them, and a wrong one.
+    What follows from the mistake may be computed in another way.
+    """
+    values = [(e.value, g.value) for e, g in zip(trial.expected, trial.got)]
+    if not all(isinstance(v, (list, tuple)) for pair in values for v in pair):
+        return None
+    if any(len(e) != len(g) for e, g in values) or len({len(e) for e, _ in values}) > 1:
+        return None
+    tolerance = max(trial.tolerance, FLOAT32)
+    wrong = [
+        k for k in range(len(values[0][0])) if any(difference(e[k], g[k], tolerance) for e, g in values)
+    ]  # fmt: skip
+    for mistake in exercise.listed:
+        made_of_it = [
+            outcome(mistake.answer, case, trial.seed, e.value).value
+            for case, e in zip(trial.cases, trial.expected)
+        ]
+        if not all(isinstance(m, (list, tuple)) and len(m) > max(wrong, default=0) for m in made_of_it):
+            continue
+        for k in wrong:
+            pairs = zip(made_of_it, values)
+            if all(difference(m[k], g[k], tolerance, equal_nan=True) is None for m, (_, g) in pairs):
+                return mistake.name, mistake.hint
+    return None
+
+
+def together(exercise: Exercise) -> Iterator[Mistake]:
+    """Two listed mistakes at once, where both are changes of the first right answer."""
+    changes = [w for w in exercise.wrong if isinstance(w.answer, str)]
+    for one, other in itertools.combinations(changes, 2):
+        texts = [w.answer for w in (one, other) if " -> " in w.answer]
+        statements = [w.answer for w in (one, other) if " -> " not in w.answer]
+        try:
+            answer = edited(exercise.right[0], " | ".join(texts)) if texts else exercise.right[0]
+            for statement in statements:
+                answer = with_statement(answer, exercise.right[0], statement)
+        except (ValueError, SyntaxError):  # they change the same place
+            continue
+        yield Mistake(f"{one.name}; and {other.name}", answer, f"Two things. {one.hint} {other.hint}")
 
 
 def derived(exercise: Exercise, case: tuple, names: list[str]) -> Iterator[Mistake]:
@@ -213,17 +263,22 @@ def made(change, exercise: Exercise) -> Callable:
     if isinstance(change, dict):
         return lambda *arguments: change
     right = exercise.right[0]
-    if " -> " in change:
-        return edited(right, change)
+    return edited(right, change) if " -> " in change else with_statement(right, right, change)
+
+
+def with_statement(function: Callable, right: Callable, statement: str) -> Callable:
+    """The function with a statement that changes its arguments, or its result; `right` has the
+    names that it may use.
+    """
     names = list(inspect.signature(right).parameters)
-    code, after = compile(change, exercise.id, "exec"), "result" in change
+    code, after = compile(statement, right.__name__, "exec"), "result" in statement
 
     def answer(*arguments):
         space = {**right.__globals__, **dict(zip(names, arguments))}
         if after:
-            space["result"] = right(*arguments)
+            space["result"] = function(*arguments)
         exec(code, space)
-        return space["result"] if after else right(*(space[name] for name in names))
+        return space["result"] if after else function(*(space[name] for name in names))
 
     return answer
 
@@ -538,15 +593,22 @@ def written(value, like: str):
     """A word or a number as the task writes it."""
     if isinstance(value, bool) and like in ("yes", "no"):
         return "yes" if value else "no"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return like if value == float(like) else value
-        except ValueError:
-            return value
-    if not isinstance(value, str):
+    word = value.strip().strip("\"'") if isinstance(value, str) else value
+    if (number := as_number(word)) is not None and as_number(like) is not None:
+        text = f"{number:.{len(like.partition('.')[2])}f}"
+        return text if float(text) == number else f"{number:g}"
+    if not isinstance(word, str):
         return value
-    word = value.strip().strip("\"'")
     return word.lower() if like == like.lower() else word
+
+
+def as_number(word) -> float | None:
+    """The finite number that a word or a number says; None where it says none."""
+    try:
+        number = None if isinstance(word, bool) else float(word)
+    except (ValueError, TypeError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
 
 
 def flatten(value) -> list:

@@ -124,6 +124,11 @@ def numbers(x):
     return x
 
 
+def linear(expression: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
+    """The first two terms of an expression's expansion at symbol = 0."""
+    return expression.subs(symbol, 0) + symbol * sympy.diff(expression, symbol).subs(symbol, 0)
+
+
 def results(right: Callable, case: tuple, names: list[str]) -> Iterator[Mistake]:
     """The right answer, its result changed as a whole or in one of its parts."""
     value = right(*case)
@@ -155,6 +160,9 @@ def results(right: Callable, case: tuple, names: list[str]) -> Iterator[Mistake]
             for word, change in (("a sum for the mean", lambda a, x: x * numel(a)), ("a mean for the sum", lambda a, x: x / numel(a))):
                 hint = f"Your result is off by the number of entries of `{names[i]}`: sum or mean, which does the task ask for?"
                 yield Mistake(word + label, after(change, part, i), hint)
+    for i in [i for i, a in enumerate(case) if isinstance(a, sympy.Symbol)]:
+        hint = f"Your result is right only where `{names[i]}` is small: the task asks for it at any `{names[i]}`."
+        yield Mistake(f"an approximation at small {names[i]}", lambda *g, i=i: linear(right(*g), g[i]), hint)
     if isinstance(value, list):
         for name, change, hint in SEQUENCES:
             yield Mistake(name, lambda *given, c=change: c(right(*given)), hint)
@@ -229,7 +237,17 @@ COUNT = (
     ("{0} + 1 for {0}", lambda a: a + 1, "You count one too many: what happens at the smallest `{0}`?"),
     ("{0} - 1 for {0}", lambda a: a - 1, "You count one too few: what happens at the smallest `{0}`?"),
 )
+
+
+def moved(a: Tensor, by: int) -> Tensor:
+    """The entries `by` places later along the last dimension, with zeros moving in."""
+    size = a.shape[-1] if a.dim() else 0
+    return torch.nn.functional.pad(a, (by, -by)) if size > abs(by) else 0 * a
+
+
 MASK = (
+    ("{0} is one place late", lambda a: moved(a, 1), "`{0}` is used one place off: which entry belongs to which token?"),
+    ("{0} is one place early", lambda a: moved(a, -1), "`{0}` is used one place off: which entry belongs to which token?"),
     ("{0} is all ones", torch.ones_like, "`{0}` says which places count, and yours counts them all."),
     ("{0} is inverted", lambda a: 1 - a if a.dtype != torch.bool else ~a, "You keep what `{0}` leaves out."),
     ("{0} is one place late", lambda a: a.roll(1, -1), "`{0}` is used one place off: which entry belongs to which token?"),
@@ -253,6 +271,8 @@ TENSOR = (
     ("{0} in float32", lambda a: a.float(), "Equal to six digits: compute in float64. `{0}` passes through float32."),
     ("only the first entry of {0}", lambda a: a[:1].expand_as(a), "Every entry of `{0}` counts, not only the first."),
     ("only the last entry of {0}", lambda a: a[-1:].expand_as(a), "Every entry of `{0}` counts, not only the last."),
+    ("{0} is one place late", lambda a: moved(a, 1), "`{0}` is used one place off: which entry belongs to which?"),
+    ("{0} is one place early", lambda a: moved(a, -1), "`{0}` is used one place off: which entry belongs to which?"),
     ("rows and columns of {0} exchanged", lambda a: a.transpose(-1, -2), "Rows and columns of `{0}` are exchanged."),
 )  # fmt: skip
 LIST = (
@@ -338,6 +358,7 @@ HINTS = {
     "a step is left out": "The step `{1}` is missing{0}: what does it do to the numbers, and why does the task need it?",
     "another function": "One function is not the right one{0}: does the task say {2}?",
     "a number is off": "A number in your formula is off, by one, by a factor, or of the wrong sign{0}: check every constant.",
+    "the maximum of each part": "The parts have their maximum in different entries{0}: add up first, then take the maximum.",
     "a slice is cut otherwise": "A slice or an index takes one entry too many, too few, or others{0}: write down what it takes for a list of 3.",
     "one argument for another": "One name stands where another belongs{0}: read your formula once more, name by name.",
     "detached in one place": "The value is right, but part of the gradient is missing{0}: something detaches it there.",
@@ -539,6 +560,12 @@ def of_call(node):
     for argument in node.args[:3]:
         if not isinstance(argument, (ast.Constant, ast.Starred)):
             yield "a step is left out", argument
+    if name in ("max", "min") and isinstance(node.args[0] if node.args else None, ast.GeneratorExp):
+        entries = node.args[0]
+        if isinstance(entries.elt, ast.BinOp):
+            parts = (entries.elt.left, entries.elt.right)
+            each = [ast.Call(node.func, [ast.GeneratorExp(p, entries.generators)], []) for p in parts]
+            yield "the maximum of each part", ast.BinOp(each[0], entries.elt.op, each[1])
     if name in SWAPS:
         other = SWAPS[name]
         func = ast.Attribute(node.func.value, other, ast.Load()) if isinstance(node.func, ast.Attribute) else ast.Name(other, ast.Load())

@@ -54,6 +54,14 @@ def overflow(trial, wrong):
     )
 
 
+def leaf_changed(trial, wrong):
+    """torch refuses to change a tensor in place that requires a gradient: the argument itself."""
+    if all("leaf" in str(trial.got[i].error) and "in-place" in str(trial.got[i].error) for i in wrong):
+        hint = "An operator such as *= or += writes into the argument. Give the result a new name."
+        return "an argument is changed in place", hint
+    return None
+
+
 def overlooked(trial, wrong, most=3):
     """Wrong only in cases that have one property, or one of a few."""
     about = {getattr(trial.cases[i], "about", None) for i in wrong}
@@ -190,4 +198,4 @@ def fits_another(trial, wrong):
     return "another form of result", "Look at what the task asks for: how many numbers, in which shape?"
 
 
-SYMPTOMS = (overflow, overlooked, detached, unused, always, one_word, factor, part, fits_another)
+SYMPTOMS = (leaf_changed, overflow, overlooked, detached, unused, always, one_word, factor, part, fits_another)
