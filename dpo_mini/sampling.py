@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from dpo_mini.data import DataError, Text
 from dpo_mini.exactness import base, check_defined, difference, reason_against, say_once
 from dpo_mini.models import check_ids, context_length
-from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_real, check_whole
+from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, TrainingError, check_real, check_whole
 from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
 # Rows that have ended are dropped once they are this share: dropping copies all other rows.
@@ -311,7 +311,15 @@ class Roomy(DynamicLayer):
 
 
 def draw(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """The next token of each row, int64 [batch, 1]: the likeliest one at temperature 0."""
+    """The next token of each row, int64 [batch, 1]: the likeliest one at temperature 0.
+
+    Raises TrainingError for logits that are no numbers: nothing can be drawn from them.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise TrainingError(
+            "the model's logits are not finite numbers, so nothing can be sampled from it. Its "
+            "weights blew up in training: try a learning rate ten times smaller."
+        )
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     return inverse_cdf((logits.float() / temperature).softmax(-1), u)

@@ -32,7 +32,8 @@ ODD_TEXTS = [
     "", ".", "..", "missing", "missing/deeper", "someone/no-such-name", "a b", "\udcff", "a\0b",
     "🎬", "-", "/proc/x", "x" * 300, "*", "C:\\con", "\x1b[2J", "%s%d", "'", "a\nb", "empty",
 ]  # fmt: skip
-WEIGHTS = [1 if verb in ("prompts", "env", "lab", "judges") else 4 for verb in VERBS]
+DRAWN = [verb for verb in VERBS if verb != "fetch"]  # which downloads
+WEIGHTS = [1 if verb in ("prompts", "env", "lab", "judges") else 4 for verb in DRAWN]
 ALWAYS = {  # what keeps a run small; what is drawn comes after it, and wins
     "sft": "--model tiny --dataset texts.jsonl --steps 1 --batch-size 2",
     "pairs": "--model tiny --prompts prompts.txt --samples 2 --max-new-tokens 3",
@@ -44,7 +45,7 @@ ALWAYS = {  # what keeps a run small; what is drawn comes after it, and wins
     "--steps 1 --batch-size 2",
     "judges": "--model tiny --dataset texts.jsonl --steps 1",
     "prompts": "--model tiny --training 2 --held-out 1",
-    "demo": "--beta nan",  # it takes the embedded model, which is not small
+    "demo": "--model tiny --n-prompts 2 --held-out 1 --steps 1 --batch-size 2",
 }
 
 
@@ -70,14 +71,16 @@ def workplace(tiny_folder, tmp_path, monkeypatch):
     reward = load_reward()  # once, not for each command line
     monkeypatch.setattr(
         "dpo_mini.rewards.load_reward",
-        lambda name, positive: reward if name == "embedded" else load_reward(name, positive),
+        lambda name="embedded", positive=None: (
+            reward if name == "embedded" else load_reward(name, positive)
+        ),
     )
     return tmp_path
 
 
 def command_line(draw: random.Random, number: int) -> list[str]:
     """A verb, and some of its options with values that are right, odd, or of another option."""
-    verb = "trian" if draw.random() < 0.01 else draw.choices(list(VERBS), WEIGHTS)[0]
+    verb = "trian" if draw.random() < 0.01 else draw.choices(DRAWN, WEIGHTS)[0]
     line = [verb, *ALWAYS.get(verb, "").split()]
     if verb not in VERBS:
         return line

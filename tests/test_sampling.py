@@ -8,6 +8,7 @@ import torch
 from dpo_mini import sampling
 from dpo_mini.models import load_model
 from dpo_mini.sampling import continuations, inverse_cdf, sample_completions, through_first
+from dpo_mini.settings import TrainingError
 from dpo_mini.tokens import collate, tokenize_prompt
 
 
@@ -204,3 +205,10 @@ def test_dropout_does_not_touch_a_sample(gpt2):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     assert continuations(gpt2.train(), PROMPTS, u) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_blew_up_is_refused_in_a_sentence(gpt2, temperature):
+    gpt2.transformer.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="learning rate"):
+        continuations(gpt2, [[0, 1]], torch.full((3, 1), 0.5), temperature)
