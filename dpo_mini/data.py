@@ -310,6 +310,21 @@ def preference_pairs(rows: Sequence[dict]) -> list[PreferencePair]:
     return pairs
 
 
+def are_labelled(rows: Sequence[dict]) -> bool:
+    """Whether rows are labelled completions (True) or pairs (False).
+
+    All rows are asked. Raises DataError where some are of one kind and some of the other.
+    """
+    labelled = ["completion" in row and not {"chosen", "rejected"} <= row.keys() for row in rows]
+    for i, (row, is_labelled) in enumerate(zip(rows, labelled), start=1):
+        if is_labelled != labelled[0]:
+            raise DataError(
+                f"{_where(row, i)}: expected the same columns as in {_where(rows[0], 1)}, got "
+                f"{_names(row)}. Put pairs and labelled completions in files of their own."
+            )
+    return labelled[:1] == [True]
+
+
 def labelled_answers(rows: Sequence[dict]) -> list[LabelledAnswer]:
     """Rows with the columns `prompt`, `completion`, `label` (TRL's names; true is desirable) as
     checked answers. Prompt and completion are as in `preference_pairs`.
