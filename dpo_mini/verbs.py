@@ -358,37 +358,39 @@ class Evaluate(PromptOptions, OutputOptions):
     def run(self) -> dict:
         from dpo_mini.data import write_jsonl
         from dpo_mini.evaluation import evaluate
-        from dpo_mini.rewards import load_judge, load_reward
+        from dpo_mini.rewards import load_judge, load_reward, shown_as
 
         folder = prepare_folder(self.output, overwrite=self.overwrite)
         policy, reference, tokenizer = self.models()
         reward = load_reward(self.reward, self.positive)
+        # The judge too reads the sentiment of reviews: of another reward it would say nothing.
+        judge = load_judge() if self.reward == "embedded" else None
         prompts, heading = chosen_prompts(self, tokenizer, self.split, held_out=True)
         prompts = as_asked(self, prompts, policy, tokenizer)
         accuracy = self.pair_accuracy(policy, reference, tokenizer) if self.pairs else {}
         report, rows = evaluate(
-            policy, reference, tokenizer, prompts, reward, load_judge(), self.samples,
+            policy, reference, tokenizer, prompts, reward, judge, self.samples,
             self.max_new_tokens, self.seed, not self.json,
         )  # fmt: skip
-        report |= accuracy
+        report |= {"reward_shown_as": shown_as(reward), **accuracy}
         write_jsonl(folder / "samples.jsonl", rows)
         save_report(folder, report)
         if not self.json:  # only now: whatever a console may refuse, the results are kept
-            say(self, comparison(report, rows, heading))
+            say(self, comparison(report, rows, heading, reward=shown_as(reward)))
             say(self, next_steps(self.output, self.model))
         return report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SamplingOptions):
-    """complete prompts and show P(positive)"""
+    """complete prompts and show each completion's reward: P(positive) of the embedded one"""
 
     prompt: tuple[str, ...] = option((), "may be given more than once")
     temperature: float = option(1.0, "1 is the model's own distribution", at_least=0)
 
     def run(self) -> dict:
         from dpo_mini.models import load_model
-        from dpo_mini.rewards import load_reward
+        from dpo_mini.rewards import RAW_REWARD, load_reward, shown_as, shown_values
         from dpo_mini.sampling import sample_completions
 
         model, tokenizer = load_model(self.model)
@@ -401,13 +403,16 @@ class Sample(SamplingOptions):
         )  # fmt: skip
         completions = [c for row in drawn for c in row]
         texts = [c.full_text for c in completions]  # of a chat the answer alone, without markup
-        chances = reward(texts).sigmoid().tolist()
-        for text, chance in zip(texts, chances):
-            say(self, f"[{chance:.2f}] {one_line(text)}")
+        numbers = shown_values(reward, reward(texts)).tolist()
+        if self.reward != "embedded":
+            say(self, f"In brackets: {shown_as(reward)} by {shown_name(self.reward)}.")
+        for text, number in zip(texts, numbers):
+            say(self, f"[{number:.2f}] {one_line(text)}")
+        key = "reward" if shown_as(reward) == RAW_REWARD else "positive"
         return {
             "samples": [
-                {"prompt": c.prompt, "text": c.text, "positive": chance}
-                for c, chance in zip(completions, chances)
+                {"prompt": c.prompt, "text": c.text, key: number}
+                for c, number in zip(completions, numbers)
             ]
         }
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from test_models import classifier_folder
 
 from dpo_mini.cli import main
 from dpo_mini.console import printable
@@ -18,9 +19,11 @@ from dpo_mini.data import DataError
 from dpo_mini.hub import HubError, hub_is_reachable
 from dpo_mini.models import context_length, cooled, load_model
 from dpo_mini.outputs import MODEL_FILES, TRAINING_FILES, matching
+from dpo_mini.rewards import load_reward
 from dpo_mini.settings import SettingsError, TrainingConfig
 from dpo_mini.sources import NINE_TENTHS, TENTH, in_held_out_tenth, texts_of
 from dpo_mini.verbs import VERBS, Train
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -854,6 +857,33 @@ def test_no_escape_sequence_reaches_the_console(tiny_folder, tmp_path, capsys):
     assert not any(c in said for c in "\x1b\x07\u202e")
     fails(capsys, main(["sample", "--model", prompt]), "\\x1b[31mred")
     assert printable("a\tb\nc\x7f", "ascii") == "a\\tb\nc\\x7f"
+
+
+@pytest.mark.parametrize("labels, name", [(["LABEL_0"], "reward"), (["fair", "good"], "P(good)")])
+def test_another_reward_is_shown_as_what_it_is_and_has_no_second_judge(
+    labels, name, tiny_folder, tokenizer, tmp_path, capsys
+):
+    path, _ = classifier_folder(tmp_path / "classifier", tokenizer, labels)
+    given = ("--model", tiny_folder, "--reference", tiny_folder, "--n-prompts", 3, "--reward", path)
+    assert evaluate(*given, "--output", tmp_path / "e") == 0
+    said = capsys.readouterr().out
+    assert "judge" not in said and "P(positive)" not in said
+    assert f"before and after, with {name}:" in said
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert report["reward_shown_as"] == name and "judge_policy" not in report
+    rows = [json.loads(line) for line in (tmp_path / "e" / "samples.jsonl").open()]
+    outputs = load_reward(path)([row["prompt"] + row["policy"] for row in rows])
+    shown = outputs if name == "reward" else outputs.sigmoid()
+    assert [row["reward_policy"] for row in rows] == pytest.approx(shown.tolist(), abs=1e-3)
+    command = ["sample", "--model", tiny_folder, "--reward", path, "--prompt", "I"]
+    assert main([*map(str, command)]) == 0
+    assert f"In brackets: {name} by classifier." in capsys.readouterr().out
+    assert main([*map(str, command), "--json"]) == 0
+    samples = json.loads(capsys.readouterr().out)["samples"]
+    values = [row["reward" if name == "reward" else "positive"] for row in samples]
+    outputs = load_reward(path)(["I" + row["text"] for row in samples])
+    shown = outputs if name == "reward" else outputs.sigmoid()
+    assert values == pytest.approx(shown.tolist(), abs=1e-4)
 
 
 # --- the other verbs ---
