@@ -48,10 +48,10 @@ def comparison(
     `heading` names the prompts, `pairs` the pairs that were ranked, `reward` what the reward's
     number is (`rewards.shown_as`).
     """
-    its_title = "reward (a reward model's output)" if reward == "reward" else f"{reward}, the reward"
+    its_name = "reward (a model's output)" if reward == "reward" else f"{reward}, the reward"
     lines = [f"\n{heading:<43}{'before':>9}{'after':>9}   95% interval after"]
     for title, key in (
-        (its_title, "reward"),
+        (its_name, "reward"),
         ("P(positive), the second judge", "judge"),
         ("tokens", "length"),
     ):

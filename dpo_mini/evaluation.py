@@ -214,9 +214,9 @@ def evaluate(
 
     `reward` and `judge` map texts to the logit of P(positive), tensor [n]; a reward model's one
     output is reported as it is (`rewards.shown_as`). Returns a report of `Estimate`s as
-    dictionaries, and one row per prompt with a completion of each model and its P(positive). All intervals count prompts, not completions; with one prompt their ends are None,
-    but for the win rate's. Raises DataError without prompts, SettingsError for a number out of
-    range.
+    dictionaries, and one row per prompt with a completion of each model and its P(positive). All
+    intervals count prompts, not completions; with one prompt their ends are None, but for the win
+    rate's. Raises DataError without prompts, SettingsError for a number out of range.
     """
     check_whole("n", n, 1, MOST_ITEMS, "Try 1 completion of each prompt.")
     check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")

@@ -16,7 +16,7 @@ from dpo_mini.exactness import (
     body_and_head,
     check_defined,
     difference,
-    reason_against,
+    refusal,
     say_once,
 )
 from dpo_mini.logprobs import sequence_logps
@@ -90,7 +90,7 @@ def exact_reader(model, rows: Rows) -> Callable[..., Tensor]:
     for shortcut, reader in READERS.items():
         if shortcut == "share" and not share:
             continue
-        reason = reason_against(
+        reason = refusal(
             model, shortcut, (packed, longest),
             trial=lambda reader=reader: difference(reader(model, sample), alone()),
         )  # fmt: skip

@@ -24,6 +24,15 @@ def option(default, help: str, **more):
     return field(default=default, metadata={"help": help, **more})
 
 
+# A verb is written like this; `dpo-mini greet --times 2` then calls `Greet(times=2).run()`:
+#
+#     @dataclass(frozen=True, kw_only=True)
+#     class Greet(Options):
+#         """greet somebody"""                                  the verb's line in --help
+#         times: int = option(1, "how often", at_most=9)        --times N, checked: 1 to 9
+#         def run(self) -> dict: ...                            what --json prints
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What every verb takes. Raises SettingsError for a value that no verb could use."""

@@ -24,7 +24,6 @@ from dpo_mini.settings import SettingsError, TrainingConfig
 from dpo_mini.sources import NINE_TENTHS, TENTH, in_held_out_tenth, texts_of
 from dpo_mini.verbs import VERBS, Train
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 ROW = {"prompt": "This movie", "chosen": " was great.", "rejected": " was dull."}
