@@ -61,7 +61,7 @@ class LabelledAnswer:
     where: str | None = field(default=None, repr=False, compare=False)
 
 
-# --- rows: a file, a folder or a data set becomes a list of dicts ---
+# --- rows: a file, a folder or a data set becomes a list of dicts, one for each JSON line ---
 
 JSON, TABLES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz"), (".csv", ".parquet")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "instruction", "input")

@@ -23,6 +23,7 @@ from dpo_mini.logprobs import sequence_logps
 from dpo_mini.models import check_ids
 from dpo_mini.tokens import Batch, collate
 
+# In this file a row is one sequence for the model; in data.py it is a dict of a JSON line.
 Rows = Sequence[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
 
 # A shared prompt needs an attention mask of its own, which keeps attention off its fastest path;

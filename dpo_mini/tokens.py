@@ -361,7 +361,7 @@ class Batch(NamedTuple):
 def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str = "right") -> Batch:
     """Pad (prompt ids, completion ids) to a `Batch`. Pads are 0 and never count: see the masks."""
     length = max(len(p) + len(c) for p, c in sequences)
-    rows = []
+    padded = []  # of each sequence the three columns of a `Batch`
     for prompt, completion in sequences:
         pad = [0] * (length - len(prompt) - len(completion))
         columns = (
@@ -369,5 +369,5 @@ def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str 
             [1] * (len(prompt) + len(completion)),
             [0] * len(prompt) + [1] * len(completion),
         )
-        rows.append([c + pad if padding_side == "right" else pad + c for c in columns])
-    return Batch(*torch.tensor(rows).unbind(1))
+        padded.append([c + pad if padding_side == "right" else pad + c for c in columns])
+    return Batch(*torch.tensor(padded).unbind(1))

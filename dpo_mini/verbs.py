@@ -673,7 +673,7 @@ def saved_precision(folder: Path) -> bool | None:
 def finish_training(options, model, tokenizer, log, data, base, settings) -> dict:
     """Save model, card, log and report of a run. Raises TrainingError for one that diverged.
 
-    `data`: what it was trained on; `base`: name and digest of what it was trained from.
+    `data`: what it was trained on; `base`: name and `weights_digest` of what it was trained from.
     """
     from dpo_mini.data import write_jsonl
     from dpo_mini.models import merged, model_card, save_model
