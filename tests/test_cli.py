@@ -125,7 +125,8 @@ def test_data_that_a_loss_cannot_use(tiny_folder, pairs, tmp_path, capsys):
     fails(capsys, one_prompt, "all completions answer one prompt")
     path = tmp_path / "labelled.jsonl"
     path.write_text(json.dumps({"prompt": "I", "completion": " did", "label": True}) + "\n")
-    fails(capsys, train(*given, "--pairs", path, "--loss", "dpo"), "'chosen' is missing")
+    said = "'chosen', 'rejected' is missing"
+    fails(capsys, train(*given, "--pairs", path, "--loss", "dpo"), said)
     with pytest.raises(SystemExit):
         train(*given, "--pairs", path, "--loss", "sigmoid")
     assert "invalid choice: 'sigmoid'" in capsys.readouterr().err
@@ -839,7 +840,7 @@ def test_a_console_that_is_not_utf_8_shows_what_it_can(encoding, tiny_folder, tm
 
 
 def test_results_are_written_before_anything_is_printed(tiny_folder, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError("the console is gone")
 
     monkeypatch.setattr("dpo_mini.verbs.comparison", refuse)
