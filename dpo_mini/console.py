@@ -40,17 +40,23 @@ def interval(estimate: dict) -> str:
     return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 
-def comparison(report: dict, rows: list[dict], heading: str, pairs: str = "pairs") -> str:
+def comparison(
+    report: dict, rows: list[dict], heading: str, pairs: str = "pairs", reward: str = "P(positive)"
+) -> str:
     """Before and after as a table, then the first prompts with a completion of each.
 
-    `heading` names the prompts, `pairs` the pairs that were ranked.
+    `heading` names the prompts, `pairs` the pairs that were ranked, `reward` what the reward's
+    number is (`rewards.shown_as`).
     """
+    its_name = "reward (a model's output)" if reward == "reward" else f"{reward}, the reward"
     lines = [f"\n{heading:<43}{'before':>9}{'after':>9}   95% interval after"]
     for title, key in (
-        ("P(positive), the reward", "reward"),
+        (its_name, "reward"),
         ("P(positive), the second judge", "judge"),
         ("tokens", "length"),
     ):
+        if f"{key}_policy" not in report:  # no second judge was asked
+            continue
         before, after = report[f"{key}_reference"], report[f"{key}_policy"]
         lines.append(f"{title:<43}{before['mean']:>9.3f}{after['mean']:>9.3f}   {interval(after)}")
     before, after = report["distinct_2_reference"], report["distinct_2_policy"]
@@ -63,7 +69,7 @@ def comparison(report: dict, rows: list[dict], heading: str, pairs: str = "pairs
     ):
         if key in report:
             lines.append(f"{title:<52}{report[key]['mean']:>9.3f}   {interval(report[key])}")
-    lines.append("\nThe same prompts, before and after, with P(positive):")
+    lines.append(f"\nThe same prompts, before and after, with {reward}:")
     for row in rows[:4]:
         lines.append(f"\n  {one_line(prompt_text(row['prompt']))} ...")
         for name, label in (("reference", "before"), ("policy", "after")):

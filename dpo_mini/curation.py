@@ -56,7 +56,7 @@ def pairs_from_samples(
     in `draw_labels`. `tokenizer`: whose ids the samples are; the pairs then carry its name.
     """
     pairs, ties, scores = [], 0, iter(rewards.tolist())
-    mark = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    fingerprint = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
     for completions in samples:
         scored = [(c, next(scores)) for c in completions]
         for (a, reward_a), (b, reward_b) in itertools.combinations(scored, 2):
@@ -68,7 +68,7 @@ def pairs_from_samples(
             )
             answers = (answer_to(a.prompt, completion.text) for completion in (w, l))
             ids, logits = (a.prompt_ids, w.ids, l.ids), (round(reward_w, 4), round(reward_l, 4))
-            pairs.append(PreferencePair(a.prompt, *answers, *ids, *logits, mark))
+            pairs.append(PreferencePair(a.prompt, *answers, *ids, *logits, fingerprint))
     return (draw_labels(pairs, seed) if labels == "bradley-terry" else pairs), ties
 
 

@@ -2,7 +2,7 @@
 
 Two steps, one after the other. `read_rows` finds the rows of a file, a folder or a data set on the
 Hub; `preference_pairs` says of each row what its prompt and its two answers are. Everything that
-cannot be meant is refused here, in a sentence with file and line, and nothing is repaired.
+has no clear meaning is refused here, in a sentence with file and line, and nothing is repaired.
 """
 
 import gzip
@@ -50,7 +50,9 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """One completion of a prompt, and whether it was called good."""
+    """One completion of a prompt as text or messages, and whether it was called good;
+    `tokens.LabelledCompletion` holds its token ids.
+    """
 
     prompt: Text
     completion: Text
@@ -59,7 +61,7 @@ class LabelledAnswer:
     where: str | None = field(default=None, repr=False, compare=False)
 
 
-# --- rows: a file, a folder or a data set becomes a list of dicts ---
+# --- rows: a file, a folder or a data set becomes a list of dicts, one for each JSON line ---
 
 JSON, TABLES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz"), (".csv", ".parquet")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text", "instruction", "input")
@@ -139,7 +141,7 @@ def _from_datasets(source, split: str) -> list[dict]:
         raise
     except Exception as error:  # datasets, pyarrow and the network raise many kinds
         raise DataError(f"{source} cannot be read as split {split!r}: {_reason(error)}") from error
-    return _placed(rows, source)
+    return _rows_with_places(rows, source)
 
 
 def _file_rows(path: Path) -> list[dict]:
@@ -147,11 +149,11 @@ def _file_rows(path: Path) -> list[dict]:
         return _table_rows(path)
     text = decoded(path)
     if text.lstrip().startswith("["):
-        rows = _placed(_parsed(text, str(path)), path)
+        rows = _rows_with_places(_parsed(text, str(path)), path)
     else:
         lines = enumerate(text.split("\n"), start=1)  # splitlines() would also cut at U+2028
         places = ((n, f"{path}, line {n}", line) for n, line in lines if line.strip())
-        rows = [_placed_row(_parsed(line, where), n, where) for n, where, line in places]
+        rows = [_row_with_place(_parsed(line, where), n, where) for n, where, line in places]
     if not rows:
         raise DataError(f"{path} is empty: expected one JSON object per line.")
     return rows
@@ -173,7 +175,7 @@ def _table_rows(path: Path) -> list[dict]:
     twice = [c[:-2] for c in rows[0] if c.endswith(".1") and c[:-2] in rows[0] and kind == "csv"]
     if twice:
         raise DataError(f"{path}: the column {twice[0]!r} stands twice.")
-    return _placed(rows, path)
+    return _rows_with_places(rows, path)
 
 
 def _reason(error: BaseException) -> str:
@@ -183,11 +185,11 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def _placed(rows: Sequence, source) -> list[dict]:
-    return [_placed_row(row, n, f"{source}, row {n}") for n, row in enumerate(rows, start=1)]
+def _rows_with_places(rows: Sequence, source) -> list[dict]:
+    return [_row_with_place(row, n, f"{source}, row {n}") for n, row in enumerate(rows, start=1)]
 
 
-def _placed_row(row, number: int, where: str) -> dict:
+def _row_with_place(row, number: int, where: str) -> dict:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}.")
     return {**row, "_line": number, "_where": where}
@@ -212,7 +214,7 @@ def decoded(path: Path) -> str:
 
 def _parsed(text: str, where: str):
     try:
-        return json.loads(text, object_pairs_hook=_without_twice)
+        return json.loads(text, object_pairs_hook=_row_of_unique_keys)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text else ""
         where, problem = f"{where}{line}, column {error.colno}", error.msg
@@ -223,7 +225,7 @@ def _parsed(text: str, where: str):
     raise DataError(f"{where}: expected one JSON object and no more; {problem}.")
 
 
-def _without_twice(items: list[tuple]) -> dict:
+def _row_of_unique_keys(items: list[tuple]) -> dict:
     row = dict(items)
     if len(row) < len(items):
         names = [name for name, _ in items]
@@ -285,29 +287,44 @@ def preference_pairs(rows: Sequence[dict]) -> list[PreferencePair]:
 
     The prompt may also be LLaMA-Factory's `instruction` and `input`, or `conversations`; messages
     may be ShareGPT's (`from`, `value`); a whole conversation may stand where an answer is expected.
-    Raises DataError, naming the row, for all that cannot be meant. Warns of repeated pairs, of
+    Raises DataError, naming the row, for all that has no clear meaning. Warns of repeated pairs, of
     answers that begin with their prompt, and of prompts that were taken from plain texts.
     """
     pairs, implicit = [], 0
     for i, row in enumerate(rows, start=1):
         where = _where(row, i)
-        ids, given = _sampled_ids(row, where), _prompt(row, where)
-        prompt, (chosen, rejected) = _parts(row, given, ("chosen", "rejected"), where, bool(ids))
+        ids, stated = _sampled_ids(row, where), _prompt(row, where)
+        prompt, (chosen, rejected) = _parts(row, stated, ("chosen", "rejected"), where, bool(ids))
         if chosen == rejected and not ids:
             raise DataError(
                 f"{where}: chosen equals rejected; such a pair has no gradient. Drop it."
             )
         rewards = [_reward(row, name, where) for name in ("chosen", "rejected")]
-        mark = row.get("tokenizer") if ids else None
-        if not isinstance(mark, str | None):
-            raise DataError(f"{where}: 'tokenizer' must be text, got {_kind(mark)}.")
+        fingerprint = row.get("tokenizer") if ids else None
+        if not isinstance(fingerprint, str | None):
+            raise DataError(f"{where}: 'tokenizer' must be text, got {_kind(fingerprint)}.")
         of_ids, options = ids or (None,) * 3, _template_kwargs(row, prompt, where)
         pairs.append(
-            PreferencePair(prompt, chosen, rejected, *of_ids, *rewards, mark, options, where)
+            PreferencePair(prompt, chosen, rejected, *of_ids, *rewards, fingerprint, options, where)
         )
-        implicit += given is None and isinstance(prompt, str) and not prompt.endswith(ASSISTANT)
+        implicit += stated is None and isinstance(prompt, str) and not prompt.endswith(ASSISTANT)
     _warn_of(pairs, implicit)
     return pairs
+
+
+def are_labelled(rows: Sequence[dict]) -> bool:
+    """Whether rows are labelled completions (True) or pairs (False).
+
+    All rows are asked. Raises DataError where some are of one kind and some of the other.
+    """
+    labelled = ["completion" in row and not {"chosen", "rejected"} <= row.keys() for row in rows]
+    for i, (row, is_labelled) in enumerate(zip(rows, labelled), start=1):
+        if is_labelled != labelled[0]:
+            raise DataError(
+                f"{_where(row, i)}: expected the same columns as in {_where(rows[0], 1)}, got "
+                f"{_names(row)}. Put pairs and labelled completions in files of their own."
+            )
+    return labelled[:1] == [True]
 
 
 def labelled_answers(rows: Sequence[dict]) -> list[LabelledAnswer]:
@@ -351,7 +368,18 @@ RANKING = (
 def _parts(
     row: dict, prompt: Text | None, names: Sequence[str], where: str, sampled=False
 ) -> tuple[Text, list[Text]]:
-    """The prompt and the answers, all of them texts or all lists of messages."""
+    """The prompt and the answers, all of them texts or all lists of messages.
+
+    | prompt   | answers                       | prompt that is returned    | answers returned   |
+    |---|---|---|---|
+    | none     | two texts                     | the text that both share   | what follows it    |
+    | none     | two conversations             | the messages that both share | what follows them |
+    | text     | texts                         | as given                   | as given           |
+    | text     | messages without a prompt     | a user's message           | as given           |
+    | text     | conversations that hold it    | the messages that both share | what follows them |
+    | messages | texts                         | as given                   | assistant messages |
+    | messages | messages, the prompt's before them or not | as given       | without the prompt's |
+    """
     missing = ", ".join(repr(name) for name in names if name not in row)
     if missing:
         wanted = " and ".join(map(repr, names))

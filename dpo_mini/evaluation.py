@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpo_mini.data import DataError, as_text
 from dpo_mini.models import without_dropout
+from dpo_mini.rewards import shown_values
 from dpo_mini.sampling import Completion, sample_completions
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_whole
 from dpo_mini.tokens import Batch, collate
@@ -211,11 +212,11 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Policy against reference on held-out prompts, `n` completions of each, at temperature 1.
 
-    `reward` and `judge` map texts to the logit of P(positive), tensor [n]. Returns a report of
-    `Estimate`s as dictionaries, and one row per prompt with a completion of each model and its
-    P(positive). All intervals count prompts, not completions; with one prompt their ends are None,
-    but for the win rate's. Raises DataError without prompts, SettingsError for a number out of
-    range.
+    `reward` and `judge` map texts to the logit of P(positive), tensor [n]; a reward model's one
+    output is reported as it is (`rewards.shown_as`). Returns a report of `Estimate`s as
+    dictionaries, and one row per prompt with a completion of each model and its P(positive). All
+    intervals count prompts, not completions; with one prompt their ends are None, but for the win
+    rate's. Raises DataError without prompts, SettingsError for a number out of range.
     """
     check_whole("n", n, 1, MOST_ITEMS, "Try 1 completion of each prompt.")
     check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
@@ -233,19 +234,19 @@ def evaluate(
     flat = {name: [c for row in drawn for c in row] for name, drawn in samples.items()}
     scores = {name: reward([c.full_text for c in drawn]) for name, drawn in flat.items()}
     report = {}
+    shown = {name: shown_values(reward, numbers) for name, numbers in scores.items()}
     for name, drawn in flat.items():
-        report |= quality(name, drawn, scores[name], judge, groups)
-    chances = {name: logits.sigmoid() for name, logits in scores.items()}
-    report["reward_gain"] = mean_interval(chances["policy"] - chances["reference"], groups)
+        report |= quality(name, drawn, shown[name], judge, groups)
+    report["reward_gain"] = mean_interval(shown["policy"] - shown["reference"], groups)
     report["win_rate"] = win_rate(scores["policy"], scores["reference"], groups)
     report["kl"] = mean_interval(sequence_kl(policy, reference, flat["policy"]), groups)
-    rows = side_by_side(flat, chances)[::n]
+    rows = side_by_side(flat, shown)[::n]
     return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in report.items()}, rows
 
 
-def quality(name: str, completions: Sequence[Completion], scores: Tensor, judge, groups) -> dict:
-    """What one model's completions are like; the keys end in its name."""
-    report = {f"reward_{name}": mean_interval(scores.sigmoid(), groups)}
+def quality(name: str, completions: Sequence[Completion], rewards: Tensor, judge, groups) -> dict:
+    """What one model's completions are like; the keys end in its name. `rewards` as shown."""
+    report = {f"reward_{name}": mean_interval(rewards, groups)}
     if judge:
         second = judge([c.full_text for c in completions])
         report[f"judge_{name}"] = mean_interval(second.sigmoid(), groups)
@@ -255,15 +256,15 @@ def quality(name: str, completions: Sequence[Completion], scores: Tensor, judge,
     return report
 
 
-def side_by_side(completions: dict[str, list], chances: dict[str, Tensor]) -> list[dict]:
+def side_by_side(completions: dict[str, list], rewards: dict[str, Tensor]) -> list[dict]:
     """A row for each pair of completions, the reference's beside the policy's."""
     return [
         {
             "prompt": ours.prompt,
             "reference": theirs.text,
             "policy": ours.text,
-            "reward_reference": round(chances["reference"][i].item(), 4),
-            "reward_policy": round(chances["policy"][i].item(), 4),
+            "reward_reference": round(rewards["reference"][i].item(), 4),
+            "reward_policy": round(rewards["policy"][i].item(), 4),
         }
         for i, (ours, theirs) in enumerate(zip(completions["policy"], completions["reference"]))
     ]

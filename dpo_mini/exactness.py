@@ -13,8 +13,8 @@ shortcuts give the same numbers faster, each only for some models and some lengt
 
 A wrong shortcut raises no error: it gives another number. So the configuration is asked first, and
 then a trial is made on the rows at hand, against the definition. Both must agree. The configuration
-alone would not do, since no list of architectures is complete. Nor would the trial: what weights
-near zero hide before training, a state or a bias, shows after it.
+alone is not enough, since no list of architectures is complete. A trial alone is not enough either:
+it can pass on untrained weights and fail after training, when a bias or a state is no longer zero.
 """
 
 import inspect
@@ -36,8 +36,8 @@ ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a log-probability; o
 COARSE_ROUNDING = 2e-2  # in bfloat16 and float16
 
 
-def reason_against(model, shortcut: str, size: tuple[int, ...], trial: Callable[[], str]) -> str:
-    """Why `shortcut` (a name in the table) may not be taken; "" where it is exact.
+def refusal(model, shortcut: str, size: tuple[int, ...], trial: Callable[[], str]) -> str:
+    """Why `shortcut` (a name in the table) may not be taken; "" where it may: there it is exact.
 
     `size`: lengths in tokens, as the function of AGAINST for this shortcut takes them. `trial()`
     tries it on rows of this size: "" where it equals the definition, otherwise the difference.

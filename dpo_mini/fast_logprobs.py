@@ -16,13 +16,14 @@ from dpo_mini.exactness import (
     body_and_head,
     check_defined,
     difference,
-    reason_against,
+    refusal,
     say_once,
 )
 from dpo_mini.logprobs import sequence_logps
 from dpo_mini.models import check_ids
 from dpo_mini.tokens import Batch, collate
 
+# In this file a row is one sequence for the model; in data.py it is a dict of a JSON line.
 Rows = Sequence[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
 
 # A shared prompt needs an attention mask of its own, which keeps attention off its fastest path;
@@ -90,7 +91,7 @@ def exact_reader(model, rows: Rows) -> Callable[..., Tensor]:
     for shortcut, reader in READERS.items():
         if shortcut == "share" and not share:
             continue
-        reason = reason_against(
+        reason = refusal(
             model, shortcut, (packed, longest),
             trial=lambda reader=reader: difference(reader(model, sample), alone()),
         )  # fmt: skip

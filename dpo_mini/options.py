@@ -6,7 +6,7 @@ all made from the fields, so that an option is written down once.
 
 import argparse
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,15 @@ def option(default, help: str, **more):
     `metavar` names the value in the help; `required` for an option that must be given.
     """
     return field(default=default, metadata={"help": help, **more})
+
+
+# A verb is written like this; `dpo-mini greet --times 2` then calls `Greet(times=2).run()`:
+#
+#     @dataclass(frozen=True, kw_only=True)
+#     class Greet(Options):
+#         """greet somebody"""                                  the verb's line in --help
+#         times: int = option(1, "how often", at_most=9)        --times N, checked: 1 to 9
+#         def run(self) -> dict: ...                            what --json prints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +62,17 @@ class TrainingOptions(Options):
         self.config()
 
     def config(self, **derived) -> TrainingConfig:
-        """The settings: as given; else as the verb derives them; else the verb's defaults."""
-        return TrainingConfig(**{**self.DEFAULTS, **derived, **self.settings, "seed": self.seed})
+        """The settings: as given; else as the verb derives them; else the verb's defaults.
+
+        A warm-up that was not given takes half of the steps at most: a longer one would end before
+        the learning rate is reached.
+        """
+        config = TrainingConfig(
+            **{**self.DEFAULTS, **derived, **self.settings, "seed": self.seed}
+        )
+        if "warmup_steps" in self.settings:
+            return config
+        return replace(config, warmup_steps=min(config.warmup_steps, config.steps // 2))
 
 
 TRAINING_HELP = {
@@ -64,7 +82,7 @@ TRAINING_HELP = {
     "block_size": "neighbours in the data that stay together when it is shuffled: 6 keeps the "
     "pairs of 4 samples in one batch, where their prompt is read once",
     "learning_rate": "peak learning rate of AdamW",
-    "warmup_steps": "steps of linear warm-up",
+    "warmup_steps": "steps of linear warm-up, by default half of all steps at most",
     "schedule": "learning rate after the warm-up: constant, linear or cosine",
     "weight_decay": "of AdamW",
     "max_grad_norm": "a longer gradient is scaled down to this length",

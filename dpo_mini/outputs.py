@@ -24,14 +24,19 @@ PRETRAINING_FILES = ("pretraining.json", "corpus.*", "checkpoint.pt", "checkpoin
 
 
 def is_main_process() -> bool:
+    """Whether this process prints and writes files, by the launcher's environment variable.
+
+    It also answers before the processes have joined; `processes.is_main` is right only after that.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def prepare_folder(folder, *, overwrite=False, resume=False, can_resume=False, model=False) -> Path:
     """Make the output folder, or say at once why it cannot be used. Nothing in it changes yet.
 
-    `model`: a model is going to be written there, so that another program's is not to be mixed
-    with it. Raises OSError with a sentence.
+    A folder that is not empty is accepted with `overwrite` or `resume`. `can_resume`: the verb has
+    --resume, so that the error's advice may name it. `model`: a model is going to be written there,
+    so that another program's is not to be mixed with it. Raises OSError with a sentence.
     """
     folder = Path(folder)
     if not is_main_process():
@@ -120,7 +125,9 @@ def save_report(folder, report: dict, name: str = "report.json") -> dict:
 
 
 def shown_name(source) -> str:
-    """A folder's or file's own name, a Hub's name as it is: where it lies is nobody's business."""
+    """A name on the Hub as it is; of a path only the last part, so that a card shows no folder of
+    yours.
+    """
     path = Path(source)
     return path.resolve().name if path.exists() or path.is_absolute() else str(source)
 
@@ -128,7 +135,9 @@ def shown_name(source) -> str:
 def weights_digest(model) -> str:
     """A short hash of a model's weights, of some thousand numbers of each tensor.
 
-    Training moves every weight, so that a sample tells two models apart in no time.
+    Quick, and enough to tell a model from what was trained from it: training changes nearly every
+    number of a tensor that it trains (with LoRA, of the adapted tensors). Where any change counts,
+    as for a checkpoint, `reference.weights_fingerprint` hashes every number.
     """
     digest = hashlib.sha256()
     for name, p in sorted(model.state_dict().items()):

@@ -1,6 +1,7 @@
 """A number for a text: rewards that label pairs, and a judge of another kind that only evaluates.
 
-A reward is any function from a list of texts to a tensor [texts] of logits of P(positive).
+A reward is any function from a list of texts to a tensor [texts]: the logit of P(positive), or the
+one output of a reward model, which is no logit of anything. `shown_as` tells them apart.
 """
 
 import json
@@ -13,6 +14,19 @@ from torch import Tensor, nn
 
 from dpo_mini.hub import HubError
 from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, context_length, load_model
+
+
+P_POSITIVE, RAW_REWARD = "P(positive)", "reward"  # what a reward's number is shown as
+
+
+def shown_as(reward) -> str:
+    """What a reward's number is called where it is shown; a plain function's is P(positive)."""
+    return getattr(reward, "shown_as", P_POSITIVE)
+
+
+def shown_values(reward, numbers: Tensor) -> Tensor:
+    """A reward's numbers [n] as they are shown: probabilities, or a reward model's own output."""
+    return numbers if shown_as(reward) == RAW_REWARD else numbers.sigmoid()
 
 
 class SentimentHead(nn.Module):
@@ -104,6 +118,7 @@ class ClassifierReward:
         config = self.model.config
         labels = [str(config.id2label[i]) for i in range(config.num_labels)]
         self.positive = positive_label(name, labels, positive)
+        self.shown_as = RAW_REWARD if len(labels) == 1 else f"P({labels[self.positive]})"
         # With one output, or one yes-or-no for each label, an output is a logit already.
         self.is_logit = len(labels) == 1 or config.problem_type == "multi_label_classification"
         if config.get_text_config().pad_token_id is None:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dpo_mini.data import DataError, Text
-from dpo_mini.exactness import base, check_defined, difference, reason_against, say_once
+from dpo_mini.exactness import base, check_defined, difference, refusal, say_once
 from dpo_mini.models import check_ids, context_length
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, TrainingError, check_real, check_whole
 from dpo_mini.tokens import collate, completion_text, tokenize_prompt
@@ -125,7 +125,7 @@ def continuations(
         check_ids(model, ids)
     longest, shortest = max(prompts, key=len), min(prompts, key=len)
     check_defined(model, [*longest, 0])
-    reason = reason_against(
+    reason = refusal(
         model, "continue", (len(longest) + len(u),),
         trial=lambda: continued_wrongly(model, [longest, shortest]),
     )  # fmt: skip
@@ -229,7 +229,7 @@ def generated(
         groups.setdefault(len(ids), []).append(i)
     longest = max(prompts, key=len)
     size = (len(longest) + len(u),)
-    if reason_against(model, "batch", size, lambda: generated_wrongly(model, longest)):
+    if refusal(model, "batch", size, lambda: generated_wrongly(model, longest)):
         groups = {i: [i] for i in range(len(prompts))}
     sampled: list[list[int]] = [[] for _ in prompts]
     for indices in groups.values():

@@ -10,6 +10,11 @@ MOST_STEPS = 10**9  # what is beyond these bounds is a slip of the keyboard, not
 MOST_ITEMS = 10**6
 MOST_TOKENS = 10**6
 LARGEST_SEED = 2**32 - 1
+# The names in family.LOSSES, and KTO's: here too, since importing family.py would load torch.
+LOSS_NAMES = (
+    "dpo", "cdpo", "robust", "dpo-norm", "ipo", "ipo-token", "hinge", "apo-zero", "apo-down",
+    "simpo", "cpo", "orpo", "preferred-ft", "unlikelihood", "kto",
+)  # fmt: skip
 SCHEDULES = ("constant", "linear", "cosine")
 
 

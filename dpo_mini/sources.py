@@ -10,13 +10,24 @@ from dpo_mini.data import DataError
 from dpo_mini.outputs import shown_name
 
 TEST, TENTH = "the test split", "the tenth that is never trained on"
+NINE_TENTHS = "the nine tenths for training"
 
 
 def texts_of(source, split: str | None, held_out: bool) -> tuple[list[str], str]:
     """Texts of a data set and what to call them, so that what trains and what evaluates never meet.
 
-    Held-out texts are its test split. Of a data set without one they are a tenth of the texts, the
-    same tenth every time, which is never trained on. A `split` that is given is taken as it is.
+    | source            | split      | to train on             | held out            |
+    |---|---|---|---|
+    | has a test split  | None       | all of train            | test                |
+    |                   | "train"    | all of train            | all of train        |
+    |                   | "test"     | all of test             | test                |
+    | has none          | None       | nine tenths of train    | the tenth of train  |
+    |                   | "train"    | nine tenths of train    | nine tenths         |
+    | a folder or name  | any other  | all of that split       | all of that split   |
+    | a file            | any other  | DataError               | DataError           |
+
+    The tenth is the same every time (`in_held_out_tenth`). Raises DataError also where a source is
+    so small that one of the two parts is empty.
     """
     from dpo_mini.data import read_texts
 
@@ -34,7 +45,13 @@ def texts_of(source, split: str | None, held_out: bool) -> tuple[list[str], str]
             raise DataError(f"{source} has no test split, and {len(texts)} texts are too few to "
                             "keep a tenth for evaluation.")  # fmt: skip
         return tenth, TENTH
-    return texts if whole else [t for t in texts if not in_held_out_tenth(t)], "the split train"
+    if whole:
+        return texts, "the split train"
+    rest = [t for t in texts if not in_held_out_tenth(t)]
+    if not rest:
+        raise DataError(f"{source} has no test split, and all of its {len(texts)} texts belong to "
+                        "the tenth that is kept for evaluation: give more texts.")  # fmt: skip
+    return rest, NINE_TENTHS
 
 
 def in_held_out_tenth(text: str) -> bool:

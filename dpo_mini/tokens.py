@@ -1,4 +1,4 @@
-"""Token ids: chat template, BOS, EOS, and the batches that a model reads. Only this room knows.
+"""From texts to token ids (chat template, BOS, EOS), and the padded batches that a model reads.
 
 The ids are the tokenizer's own, as TRL 1.16 makes them of the same row: BOS where the tokenizer
 adds it, a template's text as it stands, and prompt and completion tokenised in one piece. A text
@@ -29,7 +29,11 @@ from dpo_mini.data import (
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as the token ids that a model reads."""
+    """A pair as the token ids that a model reads; `data.PreferencePair` holds its texts.
+
+    `rows` are exactly two, here and in `LabelledCompletion`: the reference's log-probabilities of
+    all items are kept as a tensor [items, 2].
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -43,7 +47,9 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class LabelledCompletion:
-    """One completion and whether it was called good, for losses that need no pairs."""
+    """One completion as token ids and whether it was called good, for losses that need no pairs;
+    `data.LabelledAnswer` holds its text.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -125,16 +131,17 @@ def prompt_and_answers(
     """
     if isinstance(prompt, str):
         eos = tokenizer.eos_token
-        alone = _text_ids(tokenizer, prompt)
-        wholes = [_text_ids(tokenizer, prompt + _with_eos(text, eos)) for text in answers]
-        wholes = [with_one_eos(ids, tokenizer.eos_token_id) for ids in wholes]
+        prompt_alone = _text_ids(tokenizer, prompt)
+        with_answers = [_text_ids(tokenizer, prompt + _with_eos(text, eos)) for text in answers]
+        with_answers = [with_one_eos(ids, tokenizer.eos_token_id) for ids in with_answers]
     else:
-        alone = _chat_ids(tokenizer, prompt, options, add_generation_prompt=True)
-        wholes = [_chat_ids(tokenizer, [*prompt, *answer], options) for answer in answers]
-    end = min(shared_length(alone, whole) for whole in wholes)
-    if not all(whole[end:] for whole in wholes):
+        prompt_alone = _chat_ids(tokenizer, prompt, options, add_generation_prompt=True)
+        with_answers = [_chat_ids(tokenizer, [*prompt, *answer], options) for answer in answers]
+    end = min(shared_length(prompt_alone, ids) for ids in with_answers)
+    if not all(ids[end:] for ids in with_answers):
         raise DataError("an answer is empty: the template gives it no token of its own.")
-    return alone[:end] or _bos_alone(tokenizer), [ids[end:] for ids in wholes], end < len(alone)
+    prompt_ids = prompt_alone[:end] or _bos_alone(tokenizer)
+    return prompt_ids, [ids[end:] for ids in with_answers], end < len(prompt_alone)
 
 
 def with_one_eos(ids: list[int], eos: int | None) -> list[int]:
@@ -170,21 +177,26 @@ def _decoded(tokenizer, ids: Sequence[int]) -> str:
     )
 
 
-def _sampled(pair: PreferencePair, tokenizer, mark, decode) -> TokenizedPair | None:
-    """The pair's own ids; None where another tokenizer made them, or they are not its texts'."""
+def _sampled(pair: PreferencePair, tokenizer, fingerprint, decode) -> TokenizedPair | None:
+    """The pair's own ids; None where another tokenizer made them, or they are not its texts'.
+
+    `fingerprint()` is this tokenizer's, `decode(ids)` its text of them.
+    """
     ids = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     highest = max(map(max, (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)))
-    if highest >= len(tokenizer) or (pair.tokenizer and pair.tokenizer != mark()):
+    if highest >= len(tokenizer):  # an id that this tokenizer has not
         return None
-    if decode(tuple(ids.prompt_ids)) != pair.prompt:
-        if ids.prompt_ids != tokenize_prompt(tokenizer, pair.prompt):
+    if pair.tokenizer and pair.tokenizer != fingerprint():  # the pair names another tokenizer
+        return None
+    if decode(tuple(ids.prompt_ids)) != pair.prompt:  # as markup of a chat, or an added BOS, does
+        if ids.prompt_ids != tokenize_prompt(tokenizer, pair.prompt):  # the text was edited
             return None
     for answer, (prompt_ids, of_answer) in zip((pair.chosen, pair.rejected), ids.rows):
         text = answer if isinstance(answer, str) else answer[-1]["content"]
-        if tokenizer.eos_token_id in of_answer[:-1]:
+        if tokenizer.eos_token_id in of_answer[:-1]:  # it would have ended there
             return None
-        if text != decode(tuple(of_answer)):
-            if text != completion_text(tokenizer, prompt_ids, of_answer):
+        if text != decode(tuple(of_answer)):  # a first space is lost where it is decoded alone
+            if text != completion_text(tokenizer, prompt_ids, of_answer):  # the text was edited
                 return None
     return ids
 
@@ -202,16 +214,16 @@ def tokenize_pairs(
     `max_length` tokens: cut, it would not be what was preferred. `drop_long` drops it. Warns, with
     the count, of pairs that were dropped, tokenised anew, or whose prompt lost its end.
     """
-    mark = cache(lambda: tokenizer_fingerprint(tokenizer))  # only where a pair asks for it
+    fingerprint = cache(lambda: tokenizer_fingerprint(tokenizer))  # only where a pair asks for it
     decode = cache(lambda ids: _decoded(tokenizer, ids))  # a completion is in several pairs
 
     def ids_of(pair: PreferencePair) -> tuple[TokenizedPair, list[str]]:
-        ids = _sampled(pair, tokenizer, mark, decode) if pair.prompt_ids else None
+        ids = _sampled(pair, tokenizer, fingerprint, decode) if pair.prompt_ids else None
         notes = [ANEW] if pair.prompt_ids and not ids else []
         if ids is None:
             texts, options = (pair.chosen, pair.rejected), pair.chat_template_kwargs
-            prompt_ids, answers, cut = prompt_and_answers(tokenizer, pair.prompt, texts, options)
-            ids, notes = TokenizedPair(prompt_ids, *answers), notes + [CUT] * cut
+            prompt_ids, answers, moved = prompt_and_answers(tokenizer, pair.prompt, texts, options)
+            ids, notes = TokenizedPair(prompt_ids, *answers), notes + [BOUNDARY_MOVED] * moved
         if ids.chosen_ids == ids.rejected_ids:
             raise DataError("chosen equals rejected, token for token. Drop the row.")
         return ids, notes
@@ -227,18 +239,22 @@ def tokenize_labelled(
     """
 
     def ids_of(answer: LabelledAnswer) -> tuple[LabelledCompletion, list[str]]:
-        prompt_ids, (ids,), cut = prompt_and_answers(
+        prompt_ids, (ids,), moved = prompt_and_answers(
             tokenizer, answer.prompt, [answer.completion], answer.chat_template_kwargs
         )
-        return LabelledCompletion(prompt_ids, ids, answer.desirable, []), [CUT] * cut
+        completion = LabelledCompletion(prompt_ids, ids, answer.desirable, other_ids=[])
+        return completion, [BOUNDARY_MOVED] * moved
 
     items = _of_each(labelled_answers(rows), ids_of, max_length, drop_long)
+    # Another prompt's completion is known only now: `labelled_completions` fills other_ids.
     return labelled_completions(
         [(item.prompt_ids, item.completion_ids, item.desirable) for item in items], max_length
     )
 
 
-CUT = "have a prompt whose last tokens change once the answer follows: the answer begins there"
+BOUNDARY_MOVED = (
+    "have a prompt whose last tokens change once the answer follows: the answer begins there"
+)
 ANEW = "have ids of another tokenizer or text: their text was tokenised anew"
 LONG = "were dropped: they are longer than the model's context"
 
@@ -272,9 +288,12 @@ def _of_each(items: Sequence, ids_of: Callable, max_length: int, drop_long: bool
 def labelled_completions(
     rows: Sequence[tuple[list[int], list[int], bool]], max_length: int | None = None
 ) -> list[LabelledCompletion]:
-    """(prompt ids, completion ids, called good?) as `LabelledCompletion`s. Each is given the
-    completion at its own place in the next run of rows with one prompt, so that good and bad ones
-    are given alike; the last run is given the first's. Of prompts A, A, B:
+    """`LabelledCompletion`s of rows (prompt ids, completion ids, called good?), each with another
+    prompt's completion.
+
+    Neighbours with one prompt are a group. Row k of a group gets completion k (modulo its size) of
+    the next group, so that labels do not bias the KL estimate: good and bad completions are
+    given alike. The last group gets the first's. Of prompts A, A, B:
 
         (A, [1], True), (A, [2], False), (B, [3], True)  ->  other_ids [3], [3], [1]
 
@@ -342,7 +361,7 @@ class Batch(NamedTuple):
 def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str = "right") -> Batch:
     """Pad (prompt ids, completion ids) to a `Batch`. Pads are 0 and never count: see the masks."""
     length = max(len(p) + len(c) for p, c in sequences)
-    rows = []
+    padded = []  # of each sequence the three columns of a `Batch`
     for prompt, completion in sequences:
         pad = [0] * (length - len(prompt) - len(completion))
         columns = (
@@ -350,5 +369,5 @@ def collate(sequences: Sequence[tuple[list[int], list[int]]], padding_side: str 
             [1] * (len(prompt) + len(completion)),
             [0] * len(prompt) + [1] * len(completion),
         )
-        rows.append([c + pad if padding_side == "right" else pad + c for c in columns])
-    return Batch(*torch.tensor(rows).unbind(1))
+        padded.append([c + pad if padding_side == "right" else pad + c for c in columns])
+    return Batch(*torch.tensor(padded).unbind(1))

@@ -3,7 +3,7 @@
 `run` returns the result that --json prints. What takes long to import is imported where it runs.
 """
 
-import ast
+import json
 import math
 import os
 import platform
@@ -31,7 +31,7 @@ from dpo_mini.outputs import (
     shown_name,
     weights_digest,
 )
-from dpo_mini.settings import SettingsError, TrainingError
+from dpo_mini.settings import LOSS_NAMES, SettingsError, TrainingError
 from dpo_mini.sources import as_asked, chosen_prompts, has_test_split, texts_of
 
 MODEL = "the embedded one, a folder, or a name on the Hub such as gpt2"
@@ -40,21 +40,10 @@ LORA = "rank of LoRA adapters; 0 trains all weights"
 DROP_LONG = "drop what is longer than the model's context, and say how many"
 OUTPUT = "where the results go"
 BETA = "strength of the KL constraint: larger stays closer to the reference"
+# Train's options that are arguments of losses: no loss takes all of them.
+LOSS_OPTIONS = ("beta", "label_smoothing", "gamma", "alpha", "desirable_weight",
+                "undesirable_weight")  # fmt: skip
 LOG_2_AT_FIRST = ("dpo", "cdpo", "robust", "dpo-norm")  # where policy and reference are one
-
-
-def loss_names() -> tuple[str, ...]:
-    """The names of all losses, read from family.py's text: importing it would load torch."""
-    tree = ast.parse((Path(__file__).parent / "family.py").read_text(encoding="utf-8"))
-    (losses,) = (
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "LOSSES"
-    )
-    return (*(key.value for key in losses.keys), "kto")
-
-
-LOSS_NAMES = loss_names()
 
 
 # --- options that verbs share ---
@@ -162,14 +151,14 @@ class Sft(TrainingOptions, OutputOptions):
     DERIVED: ClassVar = {"steps": "one pass over the texts"}
 
     def run(self) -> dict:
-        from dpo_mini.data import read_texts
         from dpo_mini.models import context_length, load_model, with_lora
         from dpo_mini.tokens import text_items
         from dpo_mini.training import sft_objective, train
 
         folder = training_output(self)
         model, tokenizer = load_model(self.model)
-        texts = read_texts(self.dataset, self.split)
+        texts, part = texts_of(self.dataset, self.split, held_out=False)
+        say(self, f"{len(texts)} texts of {part}.")
         items = text_items(texts, tokenizer, min(self.max_length, context_length(model)))
         batch_size = self.config().batch_size
         steps = max(1, len(items) // batch_size)
@@ -258,20 +247,20 @@ class Train(TrainingOptions, OutputOptions):
         """The loss's own arguments. Raises TrainingError for one that it does not take."""
         from dpo_mini.training import loss_arguments
 
-        names = "beta label_smoothing gamma alpha desirable_weight undesirable_weight".split()
-        return loss_arguments(self.loss, **{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        return loss_arguments(self.loss, **given)
 
     def tokenized(self, model, tokenizer) -> list:
         """The pairs as token ids; for KTO as labelled completions, which may also come as such."""
-        from dpo_mini.data import preference_pairs, read_rows
+        from dpo_mini.data import are_labelled, preference_pairs, read_rows
         from dpo_mini.models import context_length
         from dpo_mini.tokens import tokenize_labelled, tokenize_pairs, unpaired
 
         rows, length = read_rows(self.pairs, self.split), context_length(model)
-        if self.loss == "kto" and "completion" in rows[0]:
+        if self.loss == "kto" and are_labelled(rows):
             return tokenize_labelled(rows, tokenizer, length, self.drop_long)
         pairs = tokenize_pairs(preference_pairs(rows), tokenizer, length, self.drop_long)
-        return unpaired(pairs) if self.loss == "kto" else pairs
+        return unpaired(pairs, length) if self.loss == "kto" else pairs
 
     def run(self) -> dict:
         from dpo_mini.course.plots import training_figure
@@ -369,37 +358,39 @@ class Evaluate(PromptOptions, OutputOptions):
     def run(self) -> dict:
         from dpo_mini.data import write_jsonl
         from dpo_mini.evaluation import evaluate
-        from dpo_mini.rewards import load_judge, load_reward
+        from dpo_mini.rewards import load_judge, load_reward, shown_as
 
         folder = prepare_folder(self.output, overwrite=self.overwrite)
         policy, reference, tokenizer = self.models()
         reward = load_reward(self.reward, self.positive)
+        # The judge too reads the sentiment of reviews: of another reward it would say nothing.
+        judge = load_judge() if self.reward == "embedded" else None
         prompts, heading = chosen_prompts(self, tokenizer, self.split, held_out=True)
         prompts = as_asked(self, prompts, policy, tokenizer)
         accuracy = self.pair_accuracy(policy, reference, tokenizer) if self.pairs else {}
         report, rows = evaluate(
-            policy, reference, tokenizer, prompts, reward, load_judge(), self.samples,
+            policy, reference, tokenizer, prompts, reward, judge, self.samples,
             self.max_new_tokens, self.seed, not self.json,
         )  # fmt: skip
-        report |= accuracy
+        report |= {"reward_shown_as": shown_as(reward), **accuracy}
         write_jsonl(folder / "samples.jsonl", rows)
         save_report(folder, report)
         if not self.json:  # only now: whatever a console may refuse, the results are kept
-            say(self, comparison(report, rows, heading))
+            say(self, comparison(report, rows, heading, reward=shown_as(reward)))
             say(self, next_steps(self.output, self.model))
         return report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SamplingOptions):
-    """complete prompts and show P(positive)"""
+    """complete prompts and show each completion's reward: P(positive) of the embedded one"""
 
     prompt: tuple[str, ...] = option((), "may be given more than once")
     temperature: float = option(1.0, "1 is the model's own distribution", at_least=0)
 
     def run(self) -> dict:
         from dpo_mini.models import load_model
-        from dpo_mini.rewards import load_reward
+        from dpo_mini.rewards import RAW_REWARD, load_reward, shown_as, shown_values
         from dpo_mini.sampling import sample_completions
 
         model, tokenizer = load_model(self.model)
@@ -412,13 +403,16 @@ class Sample(SamplingOptions):
         )  # fmt: skip
         completions = [c for row in drawn for c in row]
         texts = [c.full_text for c in completions]  # of a chat the answer alone, without markup
-        chances = reward(texts).sigmoid().tolist()
-        for text, chance in zip(texts, chances):
-            say(self, f"[{chance:.2f}] {one_line(text)}")
+        numbers = shown_values(reward, reward(texts)).tolist()
+        if self.reward != "embedded":
+            say(self, f"In brackets: {shown_as(reward)} by {shown_name(self.reward)}.")
+        for text, number in zip(texts, numbers):
+            say(self, f"[{number:.2f}] {one_line(text)}")
+        key = "reward" if shown_as(reward) == RAW_REWARD else "positive"
         return {
             "samples": [
-                {"prompt": c.prompt, "text": c.text, "positive": chance}
-                for c, chance in zip(completions, chances)
+                {"prompt": c.prompt, "text": c.text, key: number}
+                for c, number in zip(completions, numbers)
             ]
         }
 
@@ -653,19 +647,33 @@ def training_output(options) -> Path:
 def in_bfloat16_where_it_pays(options, model) -> dict:
     """The precision that a verb chooses by itself: bfloat16 for a model that is not small, where
     the processor is faster in it. Said in a line, since the numbers differ by rounding.
+
+    A resumed run keeps the precision of its checkpoint: a second timing may end otherwise.
     """
     from dpo_mini.models import SMALL, bfloat16_pays
 
-    bf16 = model.num_parameters() >= SMALL and bfloat16_pays(model.device.type)
+    bf16 = saved_precision(Path(options.output)) if options.resume else None
+    if bf16 is None:
+        bf16 = model.num_parameters() >= SMALL and bfloat16_pays(model.device.type)
     if bf16 and "bf16" not in options.settings:
         say(options, "Training in bfloat16, which is faster here (--no-bf16: float32).")
     return {"bf16": bf16}
 
 
+def saved_precision(folder: Path) -> bool | None:
+    """Whether the checkpoint in `folder` was trained in bfloat16; None where none can be read."""
+    from dpo_mini.checkpoints import CHECKPOINT, read_metadata
+
+    try:
+        return json.loads(read_metadata(folder / CHECKPOINT)["identity"])["bf16"]
+    except (LookupError, ValueError, TypeError):  # the loop says what is wrong with the file
+        return None
+
+
 def finish_training(options, model, tokenizer, log, data, base, settings) -> dict:
     """Save model, card, log and report of a run. Raises TrainingError for one that diverged.
 
-    `data`: what it was trained on; `base`: name and digest of what it was trained from.
+    `data`: what it was trained on; `base`: name and `weights_digest` of what it was trained from.
     """
     from dpo_mini.data import write_jsonl
     from dpo_mini.models import merged, model_card, save_model

@@ -11,14 +11,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from test_models import classifier_folder
 
 from dpo_mini.cli import main
 from dpo_mini.console import printable
+from dpo_mini.data import DataError
 from dpo_mini.hub import HubError, hub_is_reachable
-from dpo_mini.models import cooled, load_model
+from dpo_mini.models import context_length, cooled, load_model
+from dpo_mini.outputs import MODEL_FILES, TRAINING_FILES, matching
+from dpo_mini.rewards import load_reward
 from dpo_mini.settings import SettingsError, TrainingConfig
-from dpo_mini.sources import in_held_out_tenth
-from dpo_mini.verbs import VERBS
+from dpo_mini.sources import NINE_TENTHS, TENTH, in_held_out_tenth, texts_of
+from dpo_mini.verbs import VERBS, Train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,7 +125,8 @@ def test_data_that_a_loss_cannot_use(tiny_folder, pairs, tmp_path, capsys):
     fails(capsys, one_prompt, "all completions answer one prompt")
     path = tmp_path / "labelled.jsonl"
     path.write_text(json.dumps({"prompt": "I", "completion": " did", "label": True}) + "\n")
-    fails(capsys, train(*given, "--pairs", path, "--loss", "dpo"), "'chosen' is missing")
+    said = "'chosen', 'rejected' is missing"
+    fails(capsys, train(*given, "--pairs", path, "--loss", "dpo"), said)
     with pytest.raises(SystemExit):
         train(*given, "--pairs", path, "--loss", "sigmoid")
     assert "invalid choice: 'sigmoid'" in capsys.readouterr().err
@@ -338,6 +343,34 @@ def test_every_verb_has_help(verb, capsys):
     assert stop.value.code == 0 and "--json" in said and "None" not in said
 
 
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(
+    tiny_folder, pairs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("DPO_MINI_DEVICE", "cpu")
+    monkeypatch.setattr("dpo_mini.models.SMALL", 0)
+    arguments = ("--model", tiny_folder, "--pairs", pairs, "--output", tmp_path / "o")
+    for pays, more in ((True, ()), (False, ("--resume",))):  # a second timing ended otherwise
+        monkeypatch.setattr("dpo_mini.models.bfloat16_pays", lambda device, pays=pays: pays)
+        assert train(*arguments, *more) == 0
+        assert json.loads(capsys.readouterr().out)["settings"]["bf16"] is True
+    fails(capsys, train(*arguments, "--resume", "--no-bf16"), "bf16 was True, is False")
+
+
+@pytest.mark.parametrize("verb", ["train", "sft"])
+def test_a_short_run_reaches_its_learning_rate(verb, tiny_folder, pairs, texts, tmp_path):
+    data = ["--pairs", pairs] if verb == "train" else ["--dataset", texts]
+    command = [verb, "--model", tiny_folder, *data, "--batch-size", 4, "--learning-rate", "1e-3"]
+    for steps, more, warm_up in ((4, (), 2), (1, (), 0), (4, ("--warmup-steps", "3"), 3)):
+        output = tmp_path / f"{steps}_{warm_up}"
+        given = [*command, "--steps", steps, *more, "--output", output, "--json"]
+        assert main([*map(str, given)]) == 0
+        log = [json.loads(line) for line in (output / "log.jsonl").open()]
+        assert max(row.get("learning_rate", 0) for row in log) == pytest.approx(1e-3)
+        assert json.loads((output / "report.json").read_text())["settings"]["warmup_steps"] == (
+            warm_up
+        )
+
+
 # --- adapters ---
 
 
@@ -476,6 +509,44 @@ def test_held_out_prompts_of_a_file_are_none_that_pairs_takes(tiny_folder, texts
     assert not any(text.startswith(p) for p in evaluated_on for text in used)
 
 
+def test_sft_never_reads_what_evaluates(tiny_folder, texts, tmp_path, capsys, monkeypatch):
+    read = []
+
+    def text_items(texts, *_):
+        read.extend(texts)
+        raise DataError("enough")
+
+    monkeypatch.setattr("dpo_mini.tokens.text_items", text_items)
+    command = ["sft", "--model", tiny_folder, "--dataset", texts, "--output", tmp_path / "o"]
+    fails(capsys, main([*map(str, command)]), "enough")
+    held_out, name = texts_of(texts, None, held_out=True)
+    assert name == TENTH and held_out and len(read) > 100 and not set(read) & set(held_out)
+    assert len(read) + len(held_out) == 200
+
+
+def test_which_texts_train_and_which_evaluate(texts, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test", "validation"):
+        rows = [json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(50)]
+        (folder / f"{split}.jsonl").write_text("".join(rows))
+    for split, held_out, kind in ((None, False, "train"), (None, True, "test"),
+                                  ("train", False, "train"), ("train", True, "train"),
+                                  ("test", False, "test"), ("test", True, "test"),
+                                  ("validation", False, "validation"),
+                                  ("validation", True, "validation")):  # fmt: skip
+        found, _ = texts_of(folder, split, held_out)
+        assert found == [f"{kind} {i}" for i in range(50)], (split, held_out)
+    tenth, rest = texts_of(texts, None, True)[0], texts_of(texts, None, False)[0]
+    assert tenth and rest and all(map(in_held_out_tenth, tenth)) and not set(tenth) & set(rest)
+    assert texts_of(texts, "train", True) == texts_of(texts, "train", False) == (rest, NINE_TENTHS)
+    for alone, held_out in ((tenth[0], False), (rest[0], True)):  # one text is too few for a part
+        path = tmp_path / "one.jsonl"
+        path.write_text(json.dumps({"text": alone}) + "\n")
+        with pytest.raises(DataError, match="evaluation"):
+            texts_of(path, None, held_out)
+
+
 def test_a_split_is_honoured_and_only_a_test_split_is_called_held_out(
     tiny_folder, tmp_path, capsys
 ):
@@ -554,6 +625,27 @@ def test_ktos_weights(tiny_folder, tmp_path, capsys):
     assert report["settings"]["desirable_weight"] == 3
 
 
+def test_kto_from_pairs_keeps_within_the_context(tiny_folder, tmp_path):
+    rows = [{"prompt": "word " * 50, "chosen": " good", "rejected": " bad"},
+            {"prompt": "A", "chosen": " good" * 50, "rejected": " bad"}]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_model(tiny_folder)
+    items = Train(pairs=str(path), loss="kto").tokenized(model, tokenizer)
+    lengths = [len(prompt) + len(ids) for item in items for prompt, ids in item.rows]
+    assert len(items) == 4 and max(lengths) == context_length(model)
+
+
+@pytest.mark.parametrize("labelled_first", [True, False])
+def test_rows_of_two_kinds_are_refused(labelled_first, tiny_folder, tmp_path, capsys):
+    rows = [{"prompt": "I", "completion": " did", "label": True}, ROW]
+    path = tmp_path / "p.jsonl"
+    rows = rows if labelled_first else rows[::-1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--model", tiny_folder, "--pairs", path, "--output", tmp_path / "o", "--loss", "kto")
+    fails(capsys, train(*given), "line 2", "the same columns", "files of their own")
+
+
 # --- chat ---
 
 TEMPLATE = (
@@ -612,6 +704,16 @@ def test_overwriting_leaves_nothing_of_the_run_before(tiny_folder, pairs, tmp_pa
     assert (output / "precious.txt").read_text() == "mine"
     assert (output / "notes" / "config.json").read_text() == "mine too"
     assert load_model(output)[1].chat_template is None
+
+
+def test_overwrite_knows_every_file_that_a_run_writes(tiny_folder, pairs, texts, tmp_path):
+    dpo, sft = tmp_path / "dpo", tmp_path / "sft"
+    assert train("--model", tiny_folder, "--pairs", pairs, "--output", dpo) == 0
+    command = ["sft", "--model", tiny_folder, "--dataset", texts, "--output", sft, "--steps", 1]
+    assert main([*map(str, command)]) == 0
+    for folder in (dpo, sft):
+        files = {path for path in folder.rglob("*") if path.is_file()}
+        assert files == set(matching(folder, MODEL_FILES + TRAINING_FILES))
 
 
 def test_what_is_not_ours_or_is_read_is_never_overwritten(tiny_folder, pairs, tmp_path, capsys):
@@ -738,7 +840,7 @@ def test_a_console_that_is_not_utf_8_shows_what_it_can(encoding, tiny_folder, tm
 
 
 def test_results_are_written_before_anything_is_printed(tiny_folder, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError("the console is gone")
 
     monkeypatch.setattr("dpo_mini.verbs.comparison", refuse)
@@ -755,6 +857,33 @@ def test_no_escape_sequence_reaches_the_console(tiny_folder, tmp_path, capsys):
     assert not any(c in said for c in "\x1b\x07\u202e")
     fails(capsys, main(["sample", "--model", prompt]), "\\x1b[31mred")
     assert printable("a\tb\nc\x7f", "ascii") == "a\\tb\nc\\x7f"
+
+
+@pytest.mark.parametrize("labels, name", [(["LABEL_0"], "reward"), (["fair", "good"], "P(good)")])
+def test_another_reward_is_shown_as_what_it_is_and_has_no_second_judge(
+    labels, name, tiny_folder, tokenizer, tmp_path, capsys
+):
+    path, _ = classifier_folder(tmp_path / "classifier", tokenizer, labels)
+    given = ("--model", tiny_folder, "--reference", tiny_folder, "--n-prompts", 3, "--reward", path)
+    assert evaluate(*given, "--output", tmp_path / "e") == 0
+    said = capsys.readouterr().out
+    assert "judge" not in said and "P(positive)" not in said
+    assert f"before and after, with {name}:" in said
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert report["reward_shown_as"] == name and "judge_policy" not in report
+    rows = [json.loads(line) for line in (tmp_path / "e" / "samples.jsonl").open()]
+    outputs = load_reward(path)([row["prompt"] + row["policy"] for row in rows])
+    shown = outputs if name == "reward" else outputs.sigmoid()
+    assert [row["reward_policy"] for row in rows] == pytest.approx(shown.tolist(), abs=1e-3)
+    command = ["sample", "--model", tiny_folder, "--reward", path, "--prompt", "I"]
+    assert main([*map(str, command)]) == 0
+    assert f"In brackets: {name} by classifier." in capsys.readouterr().out
+    assert main([*map(str, command), "--json"]) == 0
+    samples = json.loads(capsys.readouterr().out)["samples"]
+    values = [row["reward" if name == "reward" else "positive"] for row in samples]
+    outputs = load_reward(path)(["I" + row["text"] for row in samples])
+    shown = outputs if name == "reward" else outputs.sigmoid()
+    assert values == pytest.approx(shown.tolist(), abs=1e-4)
 
 
 # --- the other verbs ---

@@ -5,6 +5,7 @@
 import functools
 import inspect
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ from dpo_mini.family import (
     unlikelihood_loss,
 )
 from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss
+from dpo_mini.settings import LOSS_NAMES
 from dpo_mini.training import TrainingError, loss_arguments
-from dpo_mini.verbs import LOG_2_AT_FIRST, LOSS_NAMES
+from dpo_mini.verbs import LOG_2_AT_FIRST, LOSS_OPTIONS, Train
 
 mpmath = pytest.importorskip("mpmath", reason="comes with sympy: pip install '.[lab]'")
 mp = mpmath.mp.clone()
@@ -196,6 +198,15 @@ CHECKS = [check_formula, check_extremes]
 def test_every_loss_has_a_formula_here_and_a_name_on_the_command_line():
     assert list(FORMULAS) == list(LOSSES)
     assert list(LOSS_NAMES) == [*LOSSES, "kto"]
+
+
+def test_every_argument_of_a_loss_is_an_option_that_is_passed_on():
+    for name, loss in {**LOSSES, "kto": kto_loss}.items():
+        arguments = list(inspect.signature(loss).parameters)[1:]
+        assert set(arguments) <= set(LOSS_OPTIONS) & {f.name for f in fields(Train)}
+        given = {argument: 0.375 for argument in arguments}
+        verb = Train(pairs="pairs.jsonl", loss=name, **given)
+        assert verb.loss_options() == given
 
 
 def test_which_losses_begin_at_log_2():
