@@ -1,6 +1,7 @@
 """The exercises: every check rejects what is wrong and says why, and every solution passes."""
 
 import ast
+import math
 import re
 import subprocess
 import sys
@@ -245,3 +246,65 @@ def test_a_tie_is_exact_and_a_fit_may_be():
 
     assert not judged("04.3", tolerant).solved
     assert judged("08.3", never_full).mistake == "wrong only where the memory is just full"
+
+
+def named(id, answer):
+    verdict = judged(id, answer)
+    assert not verdict.solved
+    return verdict.mistake
+
+
+def test_two_listed_mistakes_at_once_are_both_named():
+    def nothing_squared(p, w):
+        once = 1.96 * p * (1 - p)
+        return {"probability": math.ceil(once / w), "reward": math.ceil(1.96 / (p * (1 - p) * w))}
+
+    assert named("01.5", nothing_squared) == "1.96 is not squared; and w is not squared"
+
+
+def test_a_mistake_is_known_by_one_of_several_values():
+    def only_a(kl_a, reward_a, kl_b, reward_b, at):
+        kept = at[(at >= kl_a.min()) & (at <= kl_a.max())]
+        return kept, 7.0 * kept  # whatever follows from it
+
+    assert named("12.3", only_a) == "only A's range counts"
+
+
+def test_a_derived_mistake_is_a_shift_an_approximation_or_a_maximum_of_parts():
+    def shifted(policy, reference, mask):
+        each = (policy.exp() * (policy - reference)).sum(-1)
+        return (each[:, :-1] * mask[:, 1:]).sum(1).mean()
+
+    def longest_parts(rows, pad):
+        length = max(len(x) for x, _ in rows) + max(len(y) for _, y in rows)
+        ids, mask = torch.full((len(rows), length), pad), torch.zeros(len(rows), length).long()
+        for i, (x, y) in enumerate(rows):
+            ids[i, : len(x) + len(y)] = torch.tensor(x + y)
+            mask[i, len(x) : len(x) + len(y)] = 1
+        return ids, mask
+
+    assert named("09.1", shifted) == "mask is one place early"
+    assert named("04.1", lambda beta, D: beta**2 * D / 4 - beta / 2) == "an approximation at small D"
+    assert named("06.1", longest_parts).startswith("the maximum of each part")
+
+
+def test_writing_into_an_argument_is_named_where_torch_refuses_it():
+    def in_place(margins, beta, eps):
+        margins *= beta
+        return margins
+
+    assert named("05.4", in_place) == "an argument is changed in place"
+
+
+def test_a_number_counts_with_and_without_quotes():
+    numbers = checks.exercise("12.1").truth()
+    for written in ("0.5", 0.5, "0.500", " 0.50 "):
+        assert judged("12.1", lambda: numbers | {"doubled": written}).solved
+    for wrong in ("0.25", 0.25, "0.250"):
+        mistake = named("12.1", lambda: numbers | {"doubled": wrong})
+        assert mistake == "the slope does not know the reward's scale"
+    for wrong in ("0.5004", 0.5004, "half", float("nan"), None, True):
+        assert named("12.1", lambda: numbers | {"doubled": wrong}) != "the arguments"
+    pairs = checks.exercise("05.5").truth()
+    assert judged("05.5", lambda: pairs | {"more pairs": 2}).solved
+    assert named("05.5", lambda: pairs | {"more pairs": 1}) == "one more pair"

@@ -76,6 +76,7 @@ LOG_PARTITION = Exercise(
         Wrong("exp before log overflows", lambda q, r, b: (q + r / b).exp().sum().log(), "At beta = 0.01 the exponents are in the hundreds. Use logsumexp, which takes the largest out first."),
         Wrong("mean for sum", lambda q, r, b: (q + r / b).logsumexp(0) - torch.tensor(float(len(r)), dtype=torch.float64).log(), "Z is a sum weighted by pi_ref, which is the average already; do not divide by the number of answers."),
         Wrong("probabilities where log-probabilities belong", lambda q, r, b: (q.exp() + r / b).logsumexp(0), "Inside the exponent stands log pi_ref: pi_ref exp(r/beta) = exp(log pi_ref + r/beta)."),
+        Wrong("the average of the exponents", lambda q, r, b: (q.exp() * r / b).sum(), "The logarithm of an average is not the average of the logarithms: take the exponential first, then the average."),
         Wrong("minus the reward", "rewards = -rewards", "High rewards must make Z larger."),
     ),
 )  # fmt: skip

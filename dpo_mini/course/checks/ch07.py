@@ -71,6 +71,7 @@ ONE_GOOD = Exercise(
         Wrong("a positive, at least one positive", "result = p_a / (1 - (1 - p_a) * (1 - p_b) * (1 - p_c))", "Above and below there are still outcomes with several positive texts, and we know that there is exactly one."),
         Wrong("nothing is known of the others", "(a + b + c) -> (a + 1 - p_a)", "If a is negative, that alone does not mean that exactly one text is positive: which of the others is, and which is not?"),
         Wrong("b and c are not negative", "a / (a + b + c) -> p_a / (p_a + b + c)", "The other two outcomes are complete. What else must be true, if a is the only positive text?"),
+        Wrong("one of the others is not asked", "a = p_a * (1 - p_b) * (1 - p_c) -> a = p_a * (1 - p_b) | b = (1 - p_a) * p_b * (1 - p_c) -> b = p_b * (1 - p_c) | c = (1 - p_a) * (1 - p_b) * p_c -> c = (1 - p_a) * p_c", "If a is the only positive text, both others are negative. How many factors has each outcome?"),
         Wrong("the only negative one", "p_a, p_b, p_c = 1 - p_a, 1 - p_b, 1 - p_c", "That is the probability that a is the only negative text. Raise p_a: does your probability rise?"),
         Wrong("odds, not a probability", "a + b -> b", "This compares a with the others only. A probability compares it with all outcomes that are left, its own among them."),
         Wrong("log-odds, not a probability", "a / (a + b + c) -> sympy.log(a / (b + c))", "These are the right log-odds. The logistic function turns log-odds into a probability."),

@@ -358,6 +358,8 @@ HINTS = {
     "a step is left out": "The step `{1}` is missing{0}: what does it do to the numbers, and why does the task need it?",
     "another function": "One function is not the right one{0}: does the task say {2}?",
     "a number is off": "A number in your formula is off, by one, by a factor, or of the wrong sign{0}: check every constant.",
+    "the divisor is off by one": "You divide by one too many or one too few{0}: what is counted there?",
+    "n (n - 1) for a square": "The square has become a product of two neighbours{0}: here the same number is multiplied with itself.",
     "the maximum of each part": "The parts have their maximum in different entries{0}: add up first, then take the maximum.",
     "a slice is cut otherwise": "A slice or an index takes one entry too many, too few, or others{0}: write down what it takes for a list of 3.",
     "one argument for another": "One name stands where another belongs{0}: read your formula once more, name by name.",
@@ -518,10 +520,18 @@ def of_operation(node):
         yield "a sign is the other way round", ast.BinOp(a, signs[type(node.op)](), b)
     if type(node.op) in factors:
         yield "multiplied for divided", ast.BinOp(a, factors[type(node.op)](), b)
+    if isinstance(node.op, ast.Mult):
+        yield "multiplied for divided", ast.BinOp(b, ast.Div(), a)
     if isinstance(node.op, (ast.Sub, ast.Div)):
         yield "upside down", ast.BinOp(b, node.op, a)
     if isinstance(node.op, ast.FloorDiv):
         yield "another function", ast.BinOp(a, ast.Div(), b)
+    if isinstance(node.op, ast.Div):
+        for sign in (ast.Add(), ast.Sub()):
+            yield "the divisor is off by one", ast.BinOp(a, node.op, ast.BinOp(b, sign, ast.Constant(1)))
+    if isinstance(node.op, ast.Pow) and getattr(b, "value", None) == 2:
+        for sign in (ast.Add(), ast.Sub()):
+            yield "n (n - 1) for a square", ast.BinOp(a, ast.Mult(), ast.BinOp(a, sign, ast.Constant(1)))
     yield "a part is left out", a
     yield "a part stands alone", b
     if isinstance(node.op, (ast.Sub, ast.Div)):
