@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_mini.checkpoints import TrainingError, stop_unless_finite
+from dpo_mini.checkpoints import stop_unless_finite
 from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.logprobs import token_logps
 from dpo_mini.models import without_dropout
@@ -24,6 +24,7 @@ from dpo_mini.settings import (
     LARGEST_SEED,
     MOST_ITEMS,
     MOST_STEPS,
+    TrainingError,
     MOST_TOKENS,
     SettingsError,
     check_real,

@@ -669,7 +669,7 @@ def finish_training(options, model, tokenizer, log, data, base, settings) -> dic
     """
     from dpo_mini.data import write_jsonl
     from dpo_mini.models import merged, model_card, save_model
-    from dpo_mini.training import diverged
+    from dpo_mini.checkpoints import diverged
 
     folder, losses = Path(options.output), f"{log[1]['loss']:.4f} -> {log[-1]['loss']:.4f}"
     report = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"], "settings": settings}

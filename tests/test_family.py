@@ -14,6 +14,7 @@ from dpo_mini import exact
 from dpo_mini.family import (
     LOSSES,
     REFERENCE_FREE,
+    UNPAIRED,
     LabelledLogps,
     apo_down_loss,
     apo_zero_loss,
@@ -29,7 +30,8 @@ from dpo_mini.family import (
     unlikelihood_loss,
 )
 from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss
-from dpo_mini.training import TrainingError, loss_arguments
+from dpo_mini.settings import TrainingError
+from dpo_mini.training import loss_arguments
 from dpo_mini.verbs import LOG_2_AT_FIRST, LOSS_NAMES
 
 mpmath = pytest.importorskip("mpmath", reason="comes with sympy: pip install '.[lab]'")
@@ -195,7 +197,7 @@ CHECKS = [check_formula, check_extremes]
 
 def test_every_loss_has_a_formula_here_and_a_name_on_the_command_line():
     assert list(FORMULAS) == list(LOSSES)
-    assert list(LOSS_NAMES) == [*LOSSES, "kto"]
+    assert list(LOSS_NAMES) == [*LOSSES, *UNPAIRED]
 
 
 def test_which_losses_begin_at_log_2():
