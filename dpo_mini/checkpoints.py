@@ -1,5 +1,5 @@
 """What stands around the steps of a run, so that it can be stopped at any moment and go on to the
-same weights, bit for bit: resuming, watching, saving, Ctrl-C.
+same weights, bit for bit: resuming, monitoring, saving, Ctrl-C.
 """
 
 import json
@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini import processes
-from dpo_mini.settings import TrainingError
+from dpo_mini.settings import TrainingConfig, TrainingError
 
 CHECKPOINT = "checkpoint.safetensors"  # its name in a run's folder
 
@@ -37,12 +38,13 @@ class Run(NamedTuple):
 
 def steps_of_run(
     run: Run, config, device: torch.device, *,
-    folder=None, resume=False, watch: Callable[[], dict], progress=False,
+    folder=None, resume=False, monitor: Callable[[], dict], progress=False,
 ) -> Iterator[int]:  # fmt: skip
     """The numbers 1, 2, ... of the steps that are still to be taken.
 
-    The caller takes the step and adds its row to `run.log`. Before the next one comes, `watch()`
-    joins the row and a checkpoint goes to `folder`, each when `config` says so. After Ctrl-C the
+    The caller takes the step and adds its row to `run.log`. Before the next one comes, the numbers
+    of `monitor()` are added to the row and a checkpoint goes to `folder`, each when `config` says
+    so. After Ctrl-C the
     step is finished, saved, and TrainingInterrupted raised. Close the iterator (`closing`) when the
     caller fails, so that Ctrl-C means again what it meant before.
     """
@@ -54,8 +56,8 @@ def steps_of_run(
         if path and processes.is_main():
             save_checkpoint(path, run, finished=run.log[-1]["step"] == config.steps)
 
-    def look():
-        run.log[-1].update(watch() if processes.is_main() else {})
+    def add_monitored():
+        run.log[-1].update(monitor() if processes.is_main() else {})
         processes.wait_for_everyone()
 
     if path and processes.is_main():
@@ -64,7 +66,7 @@ def steps_of_run(
         run.log[:] = load_checkpoint(path, run)
     if not run.log:
         run.log.append({"step": 0})
-        look()
+        add_monitored()
         save()
     first = run.log[-1]["step"]
     hidden = not (progress and processes.is_main())
@@ -74,7 +76,7 @@ def steps_of_run(
             yield step  # the caller's turn: a batch, a loss, a step, a row
             last, stop = step == config.steps, processes.anywhere(asked_to_stop.is_set(), device)
             if last or step % config.monitor_every == 0:
-                look()
+                add_monitored()
             if last or stop or step % config.checkpoint_every == 0:
                 save()
             bar.update()
@@ -104,10 +106,9 @@ def diverged(log: Sequence[dict]) -> str | None:
 
     It failed if the mean of the last tenth of its steps
     - has a loss above the first step's by more than 5, and by more than the first step's size, or
-    - gives the completions to be learnt a log-probability more than 50 nats below three times the
-      first step's (losses such as KTO's are bounded, and cannot tell).
-    Neither noise nor DPO's usual displacement of the chosen completions comes near: of the course's
-    179 stored runs it picks out one, whose learning rate was 25 times too high.
+    - gives the completions to be learnt a log-probability with last < 3 * first - 50, in nats: from
+      -40 to below -170 (losses such as KTO's are bounded, and cannot tell).
+    Neither noise nor DPO's usual displacement of the chosen completions comes near.
     """
     rows = [row for row in log if "loss" in row]
     if len(rows) < 2:
@@ -176,6 +177,8 @@ def load_checkpoint(path: Path, run: Run) -> list[dict]:
         return []
     tensors, metadata = read_checkpoint(path)
     then, now = json.loads(metadata["identity"]), run.identity
+    # A setting that is newer than the checkpoint had its default then.
+    then = {field.name: field.default for field in fields(TrainingConfig)} | then
     changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k]]
     if changed:
         raise TrainingError(

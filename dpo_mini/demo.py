@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_mini.checkpoints import TrainingError, written_aside
+from dpo_mini.checkpoints import written_aside
 from dpo_mini.curation import sampled_pairs
 from dpo_mini.data import PreferencePair, preference_pairs, read_rows, write_jsonl
 from dpo_mini.evaluation import distinct_n, evaluate, held_out_accuracy, sequence_kl
@@ -22,7 +22,14 @@ from dpo_mini.models import (
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
-from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, TrainingConfig, check_real, check_whole
+from dpo_mini.settings import (
+    MOST_ITEMS,
+    MOST_TOKENS,
+    TrainingConfig,
+    TrainingError,
+    check_real,
+    check_whole,
+)
 from dpo_mini.tokens import tokenize_pairs
 from dpo_mini.training import train_preferences
 
@@ -105,6 +112,7 @@ def demo(
     log = train_preferences(
         policy, tokenize_pairs(pairs, tokenizer, context_length(policy)), config, beta=beta,
         output=output, resume=resume, progress=progress,
+        identity={"prompts": len(train_prompts), "held_out": len(test_prompts)},
         monitor=sample_monitor(
             reference, tokenizer, test_prompts[:64], reward, judge, max_new_tokens=max_new_tokens
         ),
@@ -136,9 +144,12 @@ def check_demo(prompts, held_out, samples, max_new_tokens, beta) -> None:
 
 
 def pairs_of_prompts(path: Path, prompts: list[str]) -> list[PreferencePair]:
-    """The pairs in a file. Raises TrainingError where they are not those of `prompts`."""
+    """The pairs in a file. Raises TrainingError for one of a prompt that is not in `prompts`.
+
+    A prompt may have none: where the reward cannot tell its completions apart, all of them tie.
+    """
     pairs = preference_pairs(read_rows(path))
-    if {pair.prompt for pair in pairs} != set(prompts):
+    if not {pair.prompt for pair in pairs} <= set(prompts):
         raise TrainingError(
             f"{path} has the pairs of another run's prompts. Start in another folder."
         )

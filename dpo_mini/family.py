@@ -213,3 +213,6 @@ def kto_loss(
     good = desirable_weight * (-gain).sigmoid()
     bad = undesirable_weight * gain.sigmoid()
     return torch.where(logps.desirable, good, bad)
+
+
+UNPAIRED = {"kto": kto_loss}  # of LabelledLogps; pairs are taken as two labelled completions each

@@ -1,6 +1,7 @@
 """Several processes at one run. Each holds the whole model and reads its share of every batch.
 
-With one process every function here hands back what it was given.
+One process alone is a group of one: it is the main one, its share is the whole batch, and nothing
+is sent.
 """
 
 import os
@@ -24,7 +25,8 @@ def join_processes(device: torch.device, batch_size: int) -> None:
     """Join the processes that a launcher started, if it started more than this one.
 
     Raises TrainingError where the launcher asks for sharded parameters, which this loop does not
-    do, and where the processes cannot share `batch_size` items equally.
+    do, and where the processes cannot share `batch_size` items equally. A second call changes
+    nothing.
     """
     from accelerate import Accelerator
 
@@ -52,17 +54,29 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and draws the progress bar."""
+    """Whether this process writes a run's files and draws its progress bar.
+
+    True in every process before `join_processes`. `outputs.is_main_process` asks the launcher, so
+    that it can be used before they join.
+    """
     return rank() == 0
 
 
 def share(batch: list) -> list:
-    """The items of a batch that this process reads; all processes have equally many."""
-    return batch[rank() :: count()]
+    """The items of a batch that this process reads; all processes have equally many.
+
+    They are neighbours, so that the pairs of one prompt stay in one process, which reads the prompt
+    once for them.
+    """
+    size = len(batch) // count()
+    return batch[rank() * size : (rank() + 1) * size]
 
 
 def equal_start(parameters: Iterable[Tensor]) -> None:
-    """Give every process the main one's parameters: gradients of one point can be added."""
+    """Give every process the main one's parameters.
+
+    Gradients can be added only if all processes have the same weights.
+    """
     if count() > 1:
         for parameter in parameters:
             dist.broadcast(parameter.data, src=0)

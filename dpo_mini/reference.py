@@ -34,10 +34,11 @@ def reference_logps(
     if kept is not None:
         return kept
     rows, index = different_rows([row for pair in pairs for row in pair.rows])
+    hidden = not (progress and processes.is_main())
     by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
     logps = torch.empty(len(rows))
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for i in tqdm(range(0, len(rows), batch_size), "reference", disable=not progress):
+        for i in tqdm(range(0, len(rows), batch_size), "reference", disable=hidden):
             chunk = by_length[i : i + batch_size]
             logps[chunk] = completion_logps(model, [rows[j] for j in chunk]).float().cpu()
     logps = logps[index].view(-1, 2)

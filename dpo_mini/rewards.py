@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dpo_mini.hub import HubError
 from dpo_mini.models import EMBEDDED, EMBEDDED_FOLDER, context_length, load_model
 
-
 P_POSITIVE, RAW_REWARD = "P(positive)", "reward"  # what a reward's number is shown as
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_mini.checkpoints import TrainingError, stop_unless_finite
+from dpo_mini.checkpoints import stop_unless_finite
 from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.logprobs import token_logps
 from dpo_mini.models import without_dropout
@@ -26,6 +26,7 @@ from dpo_mini.settings import (
     MOST_STEPS,
     MOST_TOKENS,
     SettingsError,
+    TrainingError,
     check_real,
     check_whole,
 )

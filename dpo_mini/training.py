@@ -21,37 +21,34 @@ import torch
 from torch import Tensor
 
 from dpo_mini import processes
-from dpo_mini.checkpoints import (  # noqa: F401  callers know some of it as a part of training
-    Run,
-    TrainingError,
-    TrainingInterrupted,
-    diverged,
-    saved_step,
-    steps_of_run,
-    stop_unless_finite,
-)
-from dpo_mini.family import LOSSES, REFERENCE_FREE, LabelledLogps, kto_loss
+from dpo_mini.checkpoints import Run, steps_of_run, stop_unless_finite
+from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, LabelledLogps
 from dpo_mini.fast_logprobs import completion_logps
-from dpo_mini.logprobs import token_logps
 from dpo_mini.losses import PairLogps, preference_metrics
-from dpo_mini.models import without_dropout
+from dpo_mini.models import context_length, without_dropout
 from dpo_mini.reference import data_fingerprint, reference_logps, weights_fingerprint
-from dpo_mini.settings import TrainingConfig
-from dpo_mini.tokens import TokenizedPair, collate, unpaired
+from dpo_mini.settings import TrainingConfig, TrainingError
+from dpo_mini.tokens import TokenizedPair, unpaired
 
 
 class Objective(NamedTuple):
     """What to minimise: the mean of a batch's loss terms, however the batch is cut into parts.
 
     `logps` is the only one that reads the model. What it returns is handed to `loss` and `metrics`.
+    DPO, with `policy_and_reference` a function that makes `PairLogps` of model and items:
+
+        Objective(logps=policy_and_reference,
+                  loss=lambda logps: dpo_loss(logps, beta=0.1),
+                  metrics=lambda logps: preference_metrics(logps, beta=0.1))
     """
 
     logps: Callable  # (model, items) -> log-probabilities of the items, with their gradient
     loss: Callable[..., Tensor]  # of those: [items]; their sum over a batch, divided by its terms
     metrics: Callable[..., dict]  # of those: name -> tensor [items] to watch, without gradient
     terms: Callable[[object], int] = lambda item: 1  # loss terms of an item: of a text, its tokens
-    # (model, items) -> [items], without gradient: a number of every item that the whole batch's
-    # loss needs (KTO's KL). `logps` then takes those of the batch as a third argument.
+    # KTO only: (model, items) -> [items], the log-ratios of mismatched completions, without
+    # gradient. They are read for the whole batch before it is cut; `logps` takes them as a third
+    # argument.
     of_whole_batch: Callable | None = None
 
 
@@ -63,62 +60,77 @@ def train(
 
     The model is put into evaluation mode. `output`: a folder for checkpoints; `resume`: go on from
     the one there, to the same weights bit for bit. `monitor(model, log) -> dict` is called before
-    the first step, every `monitor_every` steps and after the last; its numbers join the log.
+    the first step, every `monitor_every` steps and after the last; its numbers are added to the
+    log's last row.
     `identity` says what run this is, beside settings, data and weights: another run's checkpoint is
     refused. Raises TrainingError where it cannot start or go on.
     """
-    run = started_run(model, items, config, identity, output)
-    weights = run.parameters.values()
+    parameters = common_start(model, config)
+    weights = list(parameters.values())
+    optimizer = torch.optim.AdamW(
+        weights, config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    run = Run(parameters, optimizer, run_identity(model, items, config, identity, output), log=[])
     steps = steps_of_run(
         run, config, model.device, folder=output, resume=resume, progress=progress,
-        watch=lambda: monitor(model, run.log) if monitor else {},
+        monitor=lambda: monitor(model, run.log) if monitor else {},
     )  # fmt: skip
     with closing(steps):
+        # A resumed run begins behind its checkpoint. After each step, before the next number comes,
+        # `steps` adds the monitor's numbers to the step's row and saves.
         for step in steps:
             # 1. The batch of this step, and this process's share of it.
             order = batch_indices(
                 len(items), step - 1, config.batch_size, config.block_size, config.seed
             )
             batch = [items[i] for i in order]
-            mine, terms = processes.share(batch), sum(map(objective.terms, batch))
-            shared = shared_numbers(model, mine, objective, config)
-            sums: dict[str, Tensor] = {}
-            for part in parts(mine, config.micro_batch_size):  # what memory holds at once
+            my_share = processes.share(batch)
+            mismatched = mismatched_log_ratios(model, my_share, objective, config)  # () but for KTO
+            # Two means: the loss's over its terms (of a text, the tokens), a metric's over items.
+            terms, sums = sum(map(objective.terms, batch)), {}
+            for part in parts(my_share, config.micro_batch_size):  # what memory holds at once
                 with precision(model, config):
                     # 2. Log-probabilities: the policy's [part] carry a gradient, the reference's
                     #    came with the items.
-                    logps = objective.logps(model, part, *shared)
+                    logps = objective.logps(model, part, *mismatched)
                     # 3. The loss. Every term weighs 1 / (terms of the whole batch), so that it is
                     #    the same however the batch is cut.
                     loss = objective.loss(logps).sum() / terms
                 # 4. Its gradient, added to that of the parts before.
                 loss.backward()
-                sums = added(sums, loss, objective.metrics(logps), len(batch))
-            row = processes.summed(sums)
+                sums = with_part(sums, loss, objective.metrics(logps), len(batch))
+            means = processes.summed(sums)
             processes.add_gradients(weights)
-            # 5. A step against the gradient, at this step's rate.
-            row |= take_step(run.optimizer, weights, row["loss"], step, config, output)
-            run.log.append({"step": step, **row})
+            # 5. A step against the gradient, clipped, at this step's rate.
+            norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()
+            rate = learning_rate(step - 1, config)
+            stop_unless_finite(step, means["loss"], norm, rate, output)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log.append({"step": step, **means, "grad_norm": norm, "learning_rate": rate})
     return run.log
 
 
 # --- the parts of a step ---
 
 
-def started_run(model, items, config, identity, output) -> Run:
-    """The weights to train, AdamW without a step, an empty log; the same in every process."""
+def common_start(model, config) -> dict[str, Tensor]:
+    """The parameters to train, by name: the same numbers in every process, and no dropout."""
     without_dropout(model)
     processes.join_processes(model.device, config.batch_size)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     processes.equal_start(parameters.values())
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    this = {**asdict(config), "items": len(items)}
+    return parameters
+
+
+def run_identity(model, items, config, given: dict | None, output) -> dict:
+    """What makes this run this run: settings, data and weights, and what the caller has `given`."""
+    identity = {**asdict(config), "items": len(items)}
     if output:  # without a checkpoint there is nothing to compare with
-        this |= {"lora": lora_rank(model), "model": weights_fingerprint(model)}
-        this |= {"data": data_fingerprint(items)}
-    return Run(parameters, optimizer, this | (identity or {}), [])
+        identity |= {"lora": lora_rank(model), "model": weights_fingerprint(model)}
+        identity |= {"data": data_fingerprint(items)}
+    return identity | (given or {})
 
 
 def lora_rank(model) -> int:
@@ -146,19 +158,21 @@ def batch_indices(n: int, step: int, batch_size: int, block_size: int, seed: int
     return indices
 
 
-def shared_numbers(model, mine: list, objective: Objective, config) -> tuple[Tensor, ...]:
-    """The numbers of all items of the batch that the loss of each part needs: a tensor [batch].
+def mismatched_log_ratios(model, my_share: list, objective: Objective, config) -> tuple:
+    """KTO's log-ratios of mismatched completions, a tuple of one tensor [batch]; () for other
+    losses.
 
-    Only KTO has some: its KL is a mean over the whole batch, also where the batch is cut into parts
-    or shared among processes. So they are read first, without a gradient. () for other losses.
+    KTO's KL is a mean over the whole batch, also where the batch is cut into parts or shared among
+    processes. So they are read first, without a gradient.
     """
     if objective.of_whole_batch is None:
         return ()
     with torch.no_grad(), precision(model, config):
-        numbers = [
-            objective.of_whole_batch(model, part) for part in parts(mine, config.micro_batch_size)
+        log_ratios = [
+            objective.of_whole_batch(model, part)
+            for part in parts(my_share, config.micro_batch_size)
         ]
-    return (processes.gathered(torch.cat(numbers)),)
+    return (processes.gathered(torch.cat(log_ratios)),)
 
 
 def parts(items: list, size: int | None) -> Iterator[list]:
@@ -172,28 +186,14 @@ def precision(model, config):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16)
 
 
-def added(sums: dict, loss: Tensor, metrics: dict[str, Tensor], batch_size: int) -> dict:
-    """The sums with a part's loss and metrics: shares of the batch's means, which add up to them.
+def with_part(sums: dict, loss: Tensor, metrics: dict[str, Tensor], batch_size: int) -> dict:
+    """Adds this micro-batch's contribution to the batch's means.
 
-    `loss` is a share already; `metrics` are tensors [part].
+    `loss` is divided by the batch's terms already; `metrics` are tensors [part].
     """
     shares = {"loss": loss.detach()}
     shares |= {name: values.sum() / batch_size for name, values in metrics.items()}
     return {name: sums.get(name, 0) + share for name, share in shares.items()}
-
-
-def take_step(optimizer, weights, loss: float, step: int, config, output) -> dict[str, float]:
-    """Clip the gradient, step, clear it. Returns its norm before clipping, and the rate.
-
-    Raises TrainingError before the step where loss or gradient is not finite.
-    """
-    norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()
-    rate = learning_rate(step - 1, config)
-    stop_unless_finite(step, loss, norm, rate, output)
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"grad_norm": norm, "learning_rate": rate}
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -212,10 +212,10 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Objective:
     """Items are (TokenizedPair, (reference logp of chosen, of rejected)); `loss` as in LOSSES.
 
-    `beta` is the unit of the implicit rewards among the metrics.
+    `beta` scales the logged rewards; it does not reach the loss.
     """
 
-    def logps(model, items) -> PairLogps:
+    def policy_and_reference(model, items) -> PairLogps:
         pairs, reference = zip(*items)
         policy = completion_logps(model, [row for pair in pairs for row in pair.rows]).view(-1, 2)
         reference = torch.tensor(reference, device=policy.device, dtype=policy.dtype)  # [pairs, 2]
@@ -223,7 +223,7 @@ def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Ob
         tokens = tokens.to(policy.device)
         return PairLogps(*policy.unbind(1), *reference.unbind(1), *tokens.unbind(1))
 
-    return Objective(logps, loss, metrics=lambda logps: preference_metrics(logps, beta))
+    return Objective(policy_and_reference, loss, lambda logps: preference_metrics(logps, beta))
 
 
 def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> Objective:
@@ -239,7 +239,7 @@ def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> 
         elsewhere = completion_logps(model, [item.rows[1] for item in labelled])
         return elsewhere - elsewhere.new_tensor([pair[1] for pair in reference])
 
-    def logps(model, items, elsewhere: Tensor) -> LabelledLogps:
+    def policy_and_reference(model, items, elsewhere: Tensor) -> LabelledLogps:
         labelled, reference = zip(*items)
         policy = completion_logps(model, [item.rows[0] for item in labelled])
         desirable = torch.tensor([item.desirable for item in labelled], device=policy.device)
@@ -258,19 +258,14 @@ def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> 
                 "logps/completion": logps.policy.detach(),
             }
 
-    return Objective(logps, loss, metrics, of_whole_batch=log_ratios_elsewhere)
+    return Objective(policy_and_reference, loss, metrics, of_whole_batch=log_ratios_elsewhere)
 
 
 def sft_objective() -> Objective:
     """Items are (prompt ids, completion ids); the loss is -log pi(token) of completion tokens."""
 
-    def logps(model, items) -> Tensor:
-        batch = collate(items).to(next(model.parameters()).device)
-        of_tokens = token_logps(model, batch.input_ids, batch.attention_mask)
-        return (of_tokens * batch.completion_mask[:, 1:]).sum(1)
-
     return Objective(
-        logps,
+        logps=completion_logps,
         loss=lambda logps: -logps,
         metrics=lambda logps: {"logps/completion": logps.detach()},
         terms=lambda item: len(item[1]),
@@ -281,32 +276,35 @@ def sft_objective() -> Objective:
 
 
 def train_preferences(
-    model, pairs, config, *, loss="dpo", beta=None, loss_options=None, output=None, **loop
-) -> list[dict]:
+    model, pairs, config, *,
+    loss="dpo", beta=None, loss_options=None, identity=None, output=None, **loop,
+) -> list[dict]:  # fmt: skip
     """Train `model` on tokenized pairs; as it is now it is the reference. Returns the log.
 
     The reference's log-probabilities are taken before the first step, so that no second model is
     kept in memory; losses without a reference take none. To resume, pass the reference again: the
-    policy comes from the checkpoint. `loss` is a name in LOSSES, or "kto", which also takes
-    labelled completions in place of pairs; `loss_options` are its own arguments, `loop` as in
-    `train`.
+    policy comes from the checkpoint. `loss` is a name in LOSSES or UNPAIRED; one in UNPAIRED also
+    takes labelled completions in place of pairs. `loss_options` are its own arguments; `identity`,
+    `output` and `loop` as in `train`.
     """
     options = loss_arguments(loss, **{"beta": beta, **(loss_options or {})})
     if not pairs:
         raise TrainingError("there are no pairs to train on.")
     reward_beta = options.get("beta", 1.0)
-    if loss == "kto":
-        pairs = unpaired(pairs) if isinstance(pairs[0], TokenizedPair) else pairs
-        objective = unpaired_objective(lambda logps: kto_loss(logps, **options), reward_beta)
+    if loss in UNPAIRED:
+        if isinstance(pairs[0], TokenizedPair):
+            pairs = unpaired(pairs, context_length(model))
+        objective = unpaired_objective(lambda logps: UNPAIRED[loss](logps, **options), reward_beta)
     else:
         objective = preference_objective(lambda logps: LOSSES[loss](logps, **options), reward_beta)
+    processes.join_processes(model.device, config.batch_size)  # one of them writes the cache
     if loss in REFERENCE_FREE:
         reference = torch.zeros(len(pairs), 2)
     else:
         cache = Path(output) / "reference_logps.safetensors" if output else None
         progress = loop.get("progress", False)
         reference = reference_logps(model, pairs, cache, bf16=config.bf16, progress=progress)
-    identity = {"loss": loss, **options, "data": data_fingerprint(pairs)}
+    identity = {"loss": loss, **options, "data": data_fingerprint(pairs), **(identity or {})}
     items = list(zip(pairs, reference.tolist()))
     return train(model, items, objective, config, identity=identity, output=output, **loop)
 
@@ -316,7 +314,7 @@ def loss_arguments(loss: str, **given) -> dict:
 
     Raises TrainingError for a loss or an argument that does not exist, and for one out of range.
     """
-    functions = {**LOSSES, "kto": kto_loss}
+    functions = {**LOSSES, **UNPAIRED}
     if loss not in functions:
         raise TrainingError(f"there is no loss {loss!r}; there are {', '.join(functions)}.")
     parameters = list(signature(functions[loss]).parameters.values())[1:]

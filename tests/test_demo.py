@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_mini.checkpoints import saved_step
-from dpo_mini.demo import demo
+from dpo_mini.data import PreferencePair, write_jsonl
+from dpo_mini.demo import demo, pairs_of_prompts
 from dpo_mini.models import load_model
+from dpo_mini.settings import TrainingError
 
 pytestmark = pytest.mark.slow
 
@@ -75,3 +77,11 @@ def test_killed_and_resumed_the_demo_ends_with_the_same_weights(tmp_path):
     assert other.returncode == 1 and "another run's prompts" in other.stderr
     a, b = (load_file(folder / "model.safetensors") for folder in (plain, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_prompt_whose_completions_all_tie_has_no_pair_but_a_strange_one_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, [PreferencePair("A film", " I liked", " I hated")])
+    assert len(pairs_of_prompts(path, ["A film", "All alike"])) == 1
+    with pytest.raises(TrainingError, match="another run's prompts"):
+        pairs_of_prompts(path, ["All alike"])

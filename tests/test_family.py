@@ -15,6 +15,7 @@ from dpo_mini import exact
 from dpo_mini.family import (
     LOSSES,
     REFERENCE_FREE,
+    UNPAIRED,
     LabelledLogps,
     apo_down_loss,
     apo_zero_loss,
@@ -30,8 +31,8 @@ from dpo_mini.family import (
     unlikelihood_loss,
 )
 from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss
-from dpo_mini.settings import LOSS_NAMES
-from dpo_mini.training import TrainingError, loss_arguments
+from dpo_mini.settings import LOSS_NAMES, TrainingError
+from dpo_mini.training import loss_arguments
 from dpo_mini.verbs import LOG_2_AT_FIRST, LOSS_OPTIONS, Train
 
 mpmath = pytest.importorskip("mpmath", reason="comes with sympy: pip install '.[lab]'")
@@ -197,11 +198,11 @@ CHECKS = [check_formula, check_extremes]
 
 def test_every_loss_has_a_formula_here_and_a_name_on_the_command_line():
     assert list(FORMULAS) == list(LOSSES)
-    assert list(LOSS_NAMES) == [*LOSSES, "kto"]
+    assert list(LOSS_NAMES) == [*LOSSES, *UNPAIRED]
 
 
 def test_every_argument_of_a_loss_is_an_option_that_is_passed_on():
-    for name, loss in {**LOSSES, "kto": kto_loss}.items():
+    for name, loss in {**LOSSES, **UNPAIRED}.items():
         arguments = list(inspect.signature(loss).parameters)[1:]
         assert set(arguments) <= set(LOSS_OPTIONS) & {f.name for f in fields(Train)}
         given = {argument: 0.375 for argument in arguments}

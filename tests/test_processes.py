@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_gpt2, random_pairs
 
-from dpo_mini import processes
-from dpo_mini.checkpoints import TrainingError
+from dpo_mini import processes, training
 from dpo_mini.family import LOSSES
+from dpo_mini.settings import TrainingConfig, TrainingError
 
 TESTS = Path(__file__).parent
 
@@ -23,9 +24,9 @@ from conftest import make_gpt2, random_pairs
 from dpo_mini import processes
 from dpo_mini.family import LOSSES
 from dpo_mini.settings import TrainingConfig
-from dpo_mini.training import (
-    TrainingInterrupted, data_fingerprint, sft_objective, train, train_preferences,
-)
+from dpo_mini import reference
+from dpo_mini.checkpoints import TrainingInterrupted
+from dpo_mini.training import sft_objective, train, train_preferences
 
 config = TrainingConfig(steps=3, batch_size=8, micro_batch_size=2, learning_rate=1e-3,
                         warmup_steps=1)
@@ -37,7 +38,16 @@ def fresh():
 def result(model, log):
     return [p.detach() for p in model.parameters()], [dict(row) for row in log[1:]]
 
-results = {{}}
+results = {{"caches": 0}}
+real = reference.keep_logps
+
+def counted(*given):
+    results["caches"] += 1
+    real(*given)
+
+reference.keep_logps = counted
+once = TrainingConfig(steps=1, batch_size=8)  # the first run of all: here the processes join
+train_preferences(fresh(), random_pairs(20), once, output=f"{{sys.argv[1]}}.run")
 for loss in [*LOSSES, "kto"]:
     model = fresh()
     log = train_preferences(model, random_pairs(20), config, loss=loss)
@@ -67,6 +77,7 @@ except TrainingInterrupted as stop:
     results["stopped"] = str(stop)
 
 results["processes"] = processes.count()
+results["share"] = processes.share(list(range(8)))
 torch.save(results, f"{{sys.argv[1]}}.{{rank}}")
 """
 
@@ -94,6 +105,16 @@ def test_there_are_two_processes(runs):
 
 
 @pytest.mark.slow
+def test_only_the_main_process_writes_the_references_cache(runs):
+    assert [run["caches"] for run in runs] == [1, 1, 0]
+
+
+@pytest.mark.slow
+def test_the_shares_of_a_batch_are_neighbours_so_that_a_prompts_pairs_stay_together(runs):
+    assert [run["share"] for run in runs] == [[*range(8)], [0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOSSES, "kto", "sft", "lora"])
 def test_two_processes_equal_one(runs, name):
     (one, one_log), (two, two_log), (other, other_log) = (run[name] for run in runs)
@@ -117,6 +138,25 @@ def test_sharded_parameters_are_refused_and_not_ignored(variable, monkeypatch):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(TrainingError, match="shards parameters.*Launch with"):
         processes.join_processes(torch.device("cpu"), 8)
+
+
+def test_the_processes_join_before_the_reference_is_read(monkeypatch):
+    order = []
+    for module, name in ((processes, "join_processes"), (training, "reference_logps")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, real=real, name=name, **k: order.append(name) or real(*a, **k)
+        )
+    config = TrainingConfig(steps=1, batch_size=4)
+    training.train_preferences(make_gpt2(), random_pairs(4), config)
+    assert order[:2] == ["join_processes", "reference_logps"]
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_share_is_a_slice(rank, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    assert processes.share(list("aabbcc")) == [list("aa"), list("bb"), list("cc")][rank]
 
 
 def test_processes_that_cannot_share_a_batch_are_refused(monkeypatch):

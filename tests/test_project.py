@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +59,9 @@ def code_lines(path):
     text = path.read_text(encoding="utf-8")
     said = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        if ast.get_docstring(node):
             said |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     rows = enumerate(text.splitlines(), start=1)
     return sum(bool(row.strip()) and row.strip()[0] != "#" and i not in said for i, row in rows)

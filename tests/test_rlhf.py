@@ -39,9 +39,9 @@ from dpo_mini.rlhf import (
     token_rewards,
     whitened,
 )
-from dpo_mini.settings import TrainingConfig
+from dpo_mini.settings import TrainingConfig, TrainingError
 from dpo_mini.tokens import TokenizedPair, collate
-from dpo_mini.training import TrainingError, learning_rate, train
+from dpo_mini.training import learning_rate, train
 
 ROWS = [([0, 5, 9], [11, 3, 0]), ([0], [7, 0]), ([0, 4], [8, 8, 8, 21, 60, 0]), ([0, 5], [90])]
 

@@ -19,21 +19,18 @@ import pytest
 import torch
 from conftest import make_gpt2, random_pairs
 
-from dpo_mini import training
-from dpo_mini.checkpoints import finished
+from dpo_mini import fast_logprobs, training
+from dpo_mini.checkpoints import TrainingInterrupted, diverged, finished, saved_step
 from dpo_mini.course import studies
 from dpo_mini.course.plots import training_figure
-from dpo_mini.family import LOSSES, REFERENCE_FREE, kto_loss
+from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, kto_loss
 from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.models import without_dropout
 from dpo_mini.reference import reference_logps
-from dpo_mini.settings import TrainingConfig
+from dpo_mini.settings import TrainingConfig, TrainingError
 from dpo_mini.tokens import TokenizedPair, labelled_completions, unpaired
 from dpo_mini.training import (
-    TrainingError,
-    TrainingInterrupted,
     batch_indices,
-    diverged,
     learning_rate,
     sft_objective,
     shared_prompt_block,
@@ -115,7 +112,7 @@ def test_accumulating_4_times_2_equals_1_times_8_with_unequal_lengths(objective)
         )
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+@pytest.mark.parametrize("loss", [*LOSSES, *UNPAIRED])
 def test_every_loss_accumulates_exactly(loss):
     """KTO too: its KL is that of the whole batch."""
 
@@ -133,7 +130,7 @@ def test_every_loss_accumulates_exactly(loss):
             assert a == pytest.approx(b, rel=1e-9)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "kto"])
+@pytest.mark.parametrize("loss", [*LOSSES, *UNPAIRED])
 def test_every_loss_trains_and_reads_a_reference_only_if_it_has_one(loss, monkeypatch):
     reads = []
     real = training.reference_logps
@@ -189,6 +186,16 @@ def test_kto_of_pairs_is_kto_of_their_completions_one_by_one():
     assert log[1]["loss"] == pytest.approx(0.5, abs=1e-4)  # policy = reference: z = 0, r = 0
     names = {"rewards/signed", "rewards/accuracies", "kl", "logps/completion"}
     assert names <= set(log[1]) and "rewards/chosen" not in log[1]
+
+
+def test_kto_of_pairs_that_fill_the_context_stays_inside_it():
+    """The long answer to a short prompt is read after the long prompt too: there it is cut."""
+    short = TokenizedPair([0], [5] * 62 + [0], [6, 0])
+    long = TokenizedPair([0] * 60, [7, 0], [8, 0])
+    model = make_gpt2(context=64)
+    config = dataclasses.replace(CONFIG, steps=1, batch_size=4)
+    log = train_preferences(model, [short, long], config, loss="kto")
+    assert math.isfinite(log[1]["loss"])
 
 
 def test_kto_learns_from_completions_without_pairs():
@@ -398,6 +405,16 @@ def test_sft_lowers_the_loss_of_the_completion_only():
     assert loss.item() == pytest.approx(-(logits[2, 7] + logits[3, 0]).item(), abs=1e-5)
 
 
+def test_the_log_probabilities_of_sft_are_those_of_the_definition(monkeypatch):
+    """Also where the vocabulary is projected in chunks."""
+    model = fresh()
+    expected = [alone(model, *item) for item in SFT_ITEMS]
+    for most in (fast_logprobs.LOGITS_AT_ONCE, 64):
+        monkeypatch.setattr(fast_logprobs, "LOGITS_AT_ONCE", most)
+        logps = sft_objective().logps(model, SFT_ITEMS)
+        assert logps.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_monitor_joins_the_log():
     log = train_preferences(
         fresh(), random_pairs(8), CONFIG, monitor=lambda model, log: {"kl": 1.5}
@@ -420,7 +437,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
 
     with pytest.raises(RuntimeError, match="killed"):
         train_preferences(fresh(), pairs, CONFIG, output=tmp_path / "b", monitor=dies_in_the_middle)
-    assert training.saved_step(tmp_path / "b" / "checkpoint.safetensors") == 2
+    assert saved_step(tmp_path / "b" / "checkpoint.safetensors") == 2
     second = fresh()
     resumed = train_preferences(second, pairs, CONFIG, output=tmp_path / "b", resume=True)
     assert torch.equal(weights(undisturbed), weights(second))
@@ -454,7 +471,7 @@ def start(tmp_path, folder, *flags, slow=0.0):
 
 def wait_for_checkpoint(folder, process, step=3):
     deadline = time.time() + 120
-    while (training.saved_step(folder / "checkpoint.safetensors") or 0) < step:
+    while (saved_step(folder / "checkpoint.safetensors") or 0) < step:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
 
@@ -468,7 +485,7 @@ def test_sigkill_at_any_moment_then_resume(tmp_path):
         wait_for_checkpoint(broken, process, step)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert training.saved_step(broken / "checkpoint.safetensors") >= step
+        assert saved_step(broken / "checkpoint.safetensors") >= step
     assert start(tmp_path, broken, "--resume").wait() == 0
     for a, b in zip(torch.load(plain / "final.pt"), torch.load(broken / "final.pt")):
         assert torch.equal(a, b)
@@ -496,7 +513,7 @@ def test_ctrl_c_stops_after_a_whole_step(tmp_path):
             fresh(), random_pairs(8), CONFIG, output=tmp_path,
             monitor=lambda m, log: calls.append(1) or (press(m) if len(calls) == 2 else {}),
         )  # fmt: skip
-    assert training.saved_step(tmp_path / "checkpoint.safetensors") == 4
+    assert saved_step(tmp_path / "checkpoint.safetensors") == 4
 
 
 def test_after_a_failure_ctrl_c_means_what_it_meant_before(tmp_path):
@@ -513,6 +530,27 @@ def test_after_a_failure_ctrl_c_means_what_it_meant_before(tmp_path):
     with pytest.raises(ZeroDivisionError) as error:
         train(fresh(), SFT_ITEMS, objective, CONFIG)
     assert signal.getsignal(signal.SIGINT) is before, error
+
+
+def test_a_callers_identity_is_part_of_the_runs(tmp_path):
+    given = {"output": tmp_path, "resume": True}
+    train_preferences(fresh(), random_pairs(8), CONFIG, identity={"prompts": 3}, **given)
+    with pytest.raises(TrainingError, match="prompts was 3, is 4"):
+        train_preferences(fresh(), random_pairs(8), CONFIG, identity={"prompts": 4}, **given)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path):
+    def without_the_schedule(tensors, metadata):
+        identity = json.loads(metadata["identity"])
+        del identity["schedule"]
+        metadata["identity"] = json.dumps(identity)
+
+    rewritten(interrupted_run(tmp_path), without_the_schedule)
+    other = dataclasses.replace(CONFIG, schedule="cosine")
+    with pytest.raises(TrainingError, match="schedule was linear, is cosine"):
+        train(fresh(), SFT_ITEMS, sft_objective(), other, output=tmp_path, resume=True)
+    log = train(fresh(), SFT_ITEMS, sft_objective(), CONFIG, output=tmp_path, resume=True)
+    assert len(log) == 7
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
@@ -643,7 +681,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     )
     with pytest.raises(TrainingError, match="learning rate ten times smaller") as error:
         train_preferences(fresh(), random_pairs(16), config, output=tmp_path)
-    step = training.saved_step(tmp_path / "checkpoint.safetensors")
+    step = saved_step(tmp_path / "checkpoint.safetensors")
     assert step >= 1 and f"step {step} is kept" in str(error.value)
 
 
@@ -662,7 +700,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(TrainingError, match="No space left on device.*that of step 2 is whole"):
         train_preferences(fresh(), random_pairs(8), CONFIG, output=tmp_path)
-    assert training.saved_step(tmp_path / "checkpoint.safetensors") == 2
+    assert saved_step(tmp_path / "checkpoint.safetensors") == 2
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -777,7 +815,7 @@ def test_a_prompt_that_stays_together_is_read_once(monkeypatch):
     assert prompts == [1] * 8
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "kto", "sft"])
+@pytest.mark.parametrize("loss", [*LOSSES, *UNPAIRED, "sft"])
 def test_a_run_that_blew_up_is_told_from_a_healthy_one(loss):
     def run(rate):
         config = TrainingConfig(steps=30, batch_size=8, learning_rate=rate)

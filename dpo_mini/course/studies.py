@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dpo_mini import curation
-from dpo_mini.checkpoints import TrainingError, written_aside
+from dpo_mini.checkpoints import written_aside
 from dpo_mini.curation import sampled_pairs
 from dpo_mini.data import PreferencePair, preference_pairs, read_rows, write_jsonl
 from dpo_mini.demo import DEMO_CONFIG, sample_monitor
@@ -29,7 +29,7 @@ from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length, load_model
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
-from dpo_mini.settings import TrainingConfig, check_whole
+from dpo_mini.settings import TrainingConfig, TrainingError, check_whole
 from dpo_mini.tokens import tokenize_pairs
 from dpo_mini.training import preference_objective, train
 
