@@ -1,5 +1,6 @@
 """04 The gradient and beta: what pulls, how hard, what beta decides, and how both may fall."""
 
+import functools
 import math
 import statistics
 from fractions import Fraction
@@ -172,6 +173,7 @@ METRICS = Exercise(
 )  # fmt: skip
 
 
+@functools.cache
 def beta_truth():
     """Computed: gradients by differences, optima by minimising the loss itself over all policies."""
     low, high = 0.5, 2.0

@@ -300,6 +300,7 @@ ROBUST = Exercise(
 )  # fmt: skip
 
 
+@functools.cache
 def coverage_truth():
     """Computed: which quantities stay the same along all directions in which the loss is flat."""
     names = "ABCDEF"
