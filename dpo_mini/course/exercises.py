@@ -34,8 +34,8 @@ def learner_copy(notebook):
 
 
 def stamped(notebook):
-    """The notebook with each exercise's title and facts from its check, and with nbgrader's metadata
-    on its solution and check cells, without outputs.
+    """The notebook with each exercise's title and facts from its check, and with nbgrader's
+    metadata on its solution and check cells, without outputs.
     """
     copied, waiting = copy.deepcopy(notebook), None
     for cell in copied.cells:
@@ -59,7 +59,7 @@ def stamped(notebook):
 
 
 def heading(exercise: Exercise) -> str:
-    """The first two lines of an exercise's text: its title, and what a learner should know of it."""
+    """The first two lines of an exercise's text: its title, and what to know of it."""
     facts = [
         f"**{exercise.kind.capitalize()}**",
         f"difficulty {exercise.difficulty} of 5",
