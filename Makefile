@@ -33,10 +33,14 @@ NBVAL := -p no:cacheprovider --dist loadfile --nbval-lax --nbval-current-env \
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
-.PHONY: demo test test-fast test-lowest notebooks exercises lab lock wheelhouse clean
+.PHONY: demo demo-real test test-fast test-lowest notebooks exercises lab lock wheelhouse clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
 	$(BIN)/dpo-mini demo $(ARGS)
+
+demo-real: $(VENV)/core.done  ## the same with SmolLM2-135M, which is downloaded once (93 MB)
+	$(BIN)/dpo-mini fetch smollm2
+	$(BIN)/dpo-mini demo --model smollm2 --output runs/demo-real $(ARGS)
 
 lab: $(VENV)/lab.done  ## the course in JupyterLab
 	$(BIN)/jupyter lab $(ARGS) notebooks/00_start_here.ipynb
