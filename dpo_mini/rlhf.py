@@ -24,9 +24,9 @@ from dpo_mini.settings import (
     LARGEST_SEED,
     MOST_ITEMS,
     MOST_STEPS,
-    TrainingError,
     MOST_TOKENS,
     SettingsError,
+    TrainingError,
     check_real,
     check_whole,
 )

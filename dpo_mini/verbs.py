@@ -667,9 +667,9 @@ def finish_training(options, model, tokenizer, log, data, base, settings) -> dic
 
     `data`: what it was trained on; `base`: name and digest of what it was trained from.
     """
+    from dpo_mini.checkpoints import diverged
     from dpo_mini.data import write_jsonl
     from dpo_mini.models import merged, model_card, save_model
-    from dpo_mini.checkpoints import diverged
 
     folder, losses = Path(options.output), f"{log[1]['loss']:.4f} -> {log[-1]['loss']:.4f}"
     report = {"loss_first": log[1]["loss"], "loss_last": log[-1]["loss"], "settings": settings}
