@@ -78,8 +78,10 @@ def robust_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.
     `label_smoothing`. It has no lower bound: a large wrong margin in a pair earns without end.
     """
     chosen, rejected = implicit_rewards(logps, beta)
-    right, wrong = -F.logsigmoid(chosen - rejected), -F.logsigmoid(rejected - chosen)
-    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    loss_if_right = -F.logsigmoid(chosen - rejected)
+    loss_if_wrong = -F.logsigmoid(rejected - chosen)
+    weighted = (1 - label_smoothing) * loss_if_right - label_smoothing * loss_if_wrong
+    return weighted / (1 - 2 * label_smoothing)
 
 
 def apo_zero_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:

@@ -19,7 +19,7 @@ def token_logps(model, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(**inputs).logits[:, :-1]
     if logits.dtype != torch.float64:
-        logits = logits.float()  # at 512 nats bfloat16 has a spacing of 4
+        logits = logits.float()  # bfloat16 is too coarse for sums of hundreds of nats
     next_logits = logits.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return next_logits - logits.logsumexp(-1)  # log softmax, of the token that came
 

@@ -13,9 +13,12 @@ from torch import Tensor
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of a batch of pairs, each a tensor [batch], in nats."""
+    """Log-probabilities of a batch of pairs, each a tensor [batch], in nats.
 
-    chosen: Tensor  # log pi(y_w | x), the only two that carry a gradient
+    Only the policy's two, `chosen` and `rejected`, carry a gradient.
+    """
+
+    chosen: Tensor  # log pi(y_w | x)
     rejected: Tensor  # log pi(y_l | x)
     reference_chosen: Tensor  # log pi_ref(y_w | x)
     reference_rejected: Tensor  # log pi_ref(y_l | x)
@@ -24,8 +27,8 @@ class PairLogps(NamedTuple):
 
 
 def implicit_rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
-    """The rewards that the policy stands for, r̂(x, y) = beta log(pi(y | x) / pi_ref(y | x)), of
-    chosen and rejected.
+    """The rewards implied by the policy, r̂(x, y) = beta log(pi(y | x) / pi_ref(y | x)), of chosen
+    and rejected.
 
     Rafailov et al. 2023 (arXiv 2305.18290), equation 5 without beta log Z(x), which no pair can
     reveal. Two tensors [batch], in the reward's unit.
@@ -48,20 +51,24 @@ def dpo_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
 
 
 def cdpo_loss(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
-    """DPO when a label is wrong with probability eps: (1 - eps) L(y_w, y_l) + eps L(y_l, y_w).
+    """DPO when a label is wrong with probability eps: (1 - eps) L(y_w, y_l) + eps L(y_l, y_w), with
+    L(y_w, y_l) the loss of DPO where y_w is called better.
 
     Mitchell 2023, "A note on DPO with noisy preferences"; eps is `label_smoothing`, in [0, 0.5).
     """
     chosen, rejected = implicit_rewards(logps, beta)
-    right, wrong = -F.logsigmoid(chosen - rejected), -F.logsigmoid(rejected - chosen)
-    return (1 - label_smoothing) * right + label_smoothing * wrong
+    loss_if_right = -F.logsigmoid(chosen - rejected)
+    loss_if_wrong = -F.logsigmoid(rejected - chosen)
+    return (1 - label_smoothing) * loss_if_right + label_smoothing * loss_if_wrong
 
 
 def preference_metrics(logps: PairLogps, beta: float) -> dict[str, Tensor]:
     """What to watch while training, in TRL's names; each a tensor [batch] without gradient.
 
     An accuracy is 1 where the chosen completion has the higher implicit reward, 1/2 at a tie
-    (before the first step all pairs tie, up to rounding; a coin is right half the time).
+    (before the first step all pairs tie, up to rounding; a coin is right half the time). It
+    compares sums over tokens, whatever the loss compares: SimPO's compares means, so that a pair
+    may be ranked rightly by the one and wrongly by the other.
     """
     with torch.no_grad():
         chosen, rejected = implicit_rewards(logps, beta)

@@ -29,10 +29,12 @@ def reference_logps(
 
     without_dropout(model)
     precision = "bfloat16" if bf16 else str(next(model.parameters()).dtype)
-    mark = f"{weights_fingerprint(model)} {data_fingerprint(pairs)} {precision}" if cache else ""
-    kept = kept_logps(Path(cache), mark, len(pairs)) if cache else None
-    if kept is not None:
-        return kept
+    if cache:
+        fingerprint = f"{weights_fingerprint(model)} {data_fingerprint(pairs)} {precision}"
+        kept = kept_logps(Path(cache), fingerprint, len(pairs))
+        if kept is not None:
+            return kept
+    # A row here is (prompt ids, completion ids). Each pair has exactly two: see view(-1, 2) below.
     rows, index = different_rows([row for pair in pairs for row in pair.rows])
     hidden = not (progress and processes.is_main())
     by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
@@ -43,17 +45,19 @@ def reference_logps(
             logps[chunk] = completion_logps(model, [rows[j] for j in chunk]).float().cpu()
     logps = logps[index].view(-1, 2)
     if cache and processes.is_main():
-        keep_logps(Path(cache), mark, logps)
+        keep_logps(Path(cache), fingerprint, logps)
     return logps
 
 
-def kept_logps(cache: Path, mark: str, pairs: int) -> Tensor | None:
-    """What `keep_logps` wrote, float32 [pairs, 2]; None for no file, another mark or damage."""
+def kept_logps(cache: Path, fingerprint: str, pairs: int) -> Tensor | None:
+    """What `keep_logps` wrote, float32 [pairs, 2]; None where there is no file, where it has
+    another fingerprint, and where it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(cache, "pt") as stored:
-            if stored.metadata()["fingerprint"] != mark:
+            if stored.metadata()["fingerprint"] != fingerprint:
                 return None
             logps = stored.get_tensor("logps")
     except (OSError, SafetensorError, LookupError, TypeError):
@@ -62,21 +66,24 @@ def kept_logps(cache: Path, mark: str, pairs: int) -> Tensor | None:
     return logps if whole and logps.isfinite().all() else None
 
 
-def keep_logps(cache: Path, mark: str, logps: Tensor) -> None:
+def keep_logps(cache: Path, fingerprint: str, logps: Tensor) -> None:
     from safetensors.torch import save_file
 
     with written_aside(cache) as partial:
-        save_file({"logps": logps}, partial, metadata={"fingerprint": mark})
+        save_file({"logps": logps}, partial, metadata={"fingerprint": fingerprint})
 
 
 def weights_fingerprint(model) -> str:
-    """A hash of a model's weights, their names and their precision."""
-    digest = hashlib.sha256()
+    """A hash of all of a model's weights, their names and their precision.
+
+    `outputs.weights_digest` reads a sample of them, for a model card.
+    """
+    sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         weights = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
-        digest.update(weights.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        sha.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
+        sha.update(weights.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def data_fingerprint(items: Sequence) -> str:

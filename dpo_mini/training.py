@@ -61,9 +61,8 @@ def train(
     The model is put into evaluation mode. `output`: a folder for checkpoints; `resume`: go on from
     the one there, to the same weights bit for bit. `monitor(model, log) -> dict` is called before
     the first step, every `monitor_every` steps and after the last; its numbers are added to the
-    log's last row.
-    `identity` says what run this is, beside settings, data and weights: another run's checkpoint is
-    refused. Raises TrainingError where it cannot start or go on.
+    log's last row. `identity` says what run this is, beside settings, data and weights: another
+    run's checkpoint is refused. Raises TrainingError where it cannot start or go on.
     """
     parameters = common_start(model, config)
     weights = list(parameters.values())

@@ -406,13 +406,17 @@ def test_sft_lowers_the_loss_of_the_completion_only():
 
 
 def test_the_log_probabilities_of_sft_are_those_of_the_definition(monkeypatch):
-    """Also where the vocabulary is projected in chunks."""
+    """Also where the vocabulary is projected in chunks: long texts fit into memory."""
     model = fresh()
     expected = [alone(model, *item) for item in SFT_ITEMS]
-    for most in (fast_logprobs.LOGITS_AT_ONCE, 64):
+    logits = []
+    model.lm_head.register_forward_hook(lambda head, states, out: logits.append(out.numel()))
+    for most in (fast_logprobs.LOGITS_AT_ONCE, 97 * 4):
         monkeypatch.setattr(fast_logprobs, "LOGITS_AT_ONCE", most)
+        logits.clear()
         logps = sft_objective().logps(model, SFT_ITEMS)
         assert logps.tolist() == pytest.approx(expected, abs=1e-4)
+    assert max(logits) <= 97 * 4 and len(logits) > 1
 
 
 def test_monitor_joins_the_log():
