@@ -86,17 +86,23 @@ def test_memory_decides_how_many_pairs_are_read_at_once():
 
 
 def test_the_readme_trains_gpt2_as_notebook_08_does():
-    from dpo_mini import cli
+    from dpo_mini.cli import parser
+    from dpo_mini.options import options_of
+    from dpo_mini.verbs import VERBS
+
+    def options(verb):
+        given = vars(parser().parse_args(lines[verb]))
+        return options_of(VERBS[given.pop("verb")], given)
 
     text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
     lines = {line.split()[1]: line.split()[1:] for line in text.splitlines() if "runs/sft" in line}
     plan = recipe("gpt2", memory=80, bf16=True)
     for verb, config in (("sft", plan.sft), ("train", plan.dpo)):
-        args = cli.parser().parse_args(lines[verb])
+        settings = options(verb).config()
         for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "schedule"):
-            assert getattr(args, name) == getattr(config, name), (verb, name)
-    assert cli.parser().parse_args(lines["train"]).beta == plan.beta
-    pairs = cli.parser().parse_args(lines["pairs"])
+            assert getattr(settings, name) == getattr(config, name), (verb, name)
+    assert options("train").beta == plan.beta
+    pairs = options("pairs")
     assert (pairs.n_prompts, pairs.max_new_tokens) == (plan.prompts, plan.max_new_tokens)
     assert pairs.reward == plan.reward
 

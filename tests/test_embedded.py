@@ -129,13 +129,13 @@ def test_fitting_a_reward_learns_words_and_survives_saving(tmp_path):
 def test_small_models_stay_on_the_cpu_where_there_is_a_gpu(monkeypatch, tmp_path):
     """The notebooks' tensors are the CPU's, and so must be the embedded model, on any machine."""
     from dpo_mini.models import load_model, pick_device
-    from dpo_mini.verbs import in_bfloat16_on_a_gpu
+    from dpo_mini.verbs import Train, in_bfloat16_where_it_pays
 
     monkeypatch.delenv("DPO_MINI_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device(5_000_000) == "cpu" and pick_device(124_000_000).startswith("cuda")
     model, _ = load_model()
     assert model.device.type == "cpu"
-    assert in_bfloat16_on_a_gpu(model) == {"bf16": False}
+    assert in_bfloat16_where_it_pays(Train(pairs="pairs.jsonl"), model) == {"bf16": False}
     monkeypatch.setenv("DPO_MINI_DEVICE", "meta")
     assert pick_device(5_000_000) == "meta"
