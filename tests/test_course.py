@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_mini import exact
-from dpo_mini.course import execute, widgets
+from dpo_mini.course import execute, plots, svg, widgets
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -135,6 +135,45 @@ def test_pictures_are_well_formed_and_say_the_right_numbers(beta):
     ElementTree.fromstring(drawn)
     weight = torch.sigmoid(-beta * torch.tensor(margins)).mean().item()
     assert f"{weight:.3f} on average" in drawn
+
+
+def linear(colour: str) -> torch.Tensor:
+    """A colour's red, green and blue as light, each in [0, 1] (sRGB)."""
+    values = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]).double()
+    return torch.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio: 1 for equal colours, 21 for black on white."""
+    weights = torch.tensor([0.2126, 0.7152, 0.0722]).double()
+    darker, lighter = sorted((linear(c) @ weights).item() for c in (one, other))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_letters_in_pictures_stand_out_from_the_paper():
+    drawn = [widgets.tilting(1.0), widgets.frontier(1.0), widgets.bradley_terry(1.0)]
+    drawn.append(widgets.gradient_weighting(0.1, [-3.0, 5.0]))
+    colours = set(re.findall(r"<text [^>]*fill='(#\w+)'", "".join(drawn)))
+    assert len(colours) >= 3
+    for colour in colours:
+        assert contrast(colour, svg.PAPER) >= 4.5, colour
+
+
+# Viénot, Brettel and Mollon 1999: what light becomes without the middle or the long cones.
+BLIND = {
+    "deuteranopia": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+    "protanopia": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+}
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_the_colours_of_figures_differ_for_colour_blind_readers(kind):
+    seen = torch.tensor(BLIND[kind]).double()
+    palette = [plots.BLUE, plots.ORANGE, plots.GREEN, plots.VERMILION]
+    for i, one in enumerate(palette):
+        for other in palette[:i]:
+            apart = (seen @ (linear(one) - linear(other))).norm()
+            assert apart > 0.05, (one, other)
 
 
 def test_bradley_terry_says_the_probability():

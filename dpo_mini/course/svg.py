@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 INK, GREY, PAPER = "#222222", "#7F7F7F", "#FFFFFF"
+# Letters need more contrast than lines do: what a colour becomes where it colours a text.
+DARKER = {
+    GREY: "#666666", "#E69F00": "#8A5F00", "#009E73": "#00704F", "#D55E00": "#A84A00",
+    "#0072B2": "#00619A",
+}  # fmt: skip
 FONT = "font-family='DejaVu Sans, Helvetica, Arial, sans-serif'"
 
 
@@ -85,6 +90,7 @@ class Panel:
 
 def _text(x, y, text, size, anchor="start", colour=INK, weight="normal", turn=0) -> str:
     rotate = f" transform='rotate({turn} {x:.1f} {y:.1f})'" if turn else ""
+    colour = DARKER.get(colour, colour)
     return (
         f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}' fill='{colour}' "
         f"font-weight='{weight}' {FONT}{rotate}>{escape(text)}</text>"
