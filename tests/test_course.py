@@ -173,7 +173,7 @@ def test_the_colours_of_figures_differ_for_colour_blind_readers(kind):
     for i, one in enumerate(palette):
         for other in palette[:i]:
             apart = (seen @ (linear(one) - linear(other))).norm()
-            assert apart > 0.05, (one, other)
+            assert apart > 0.15, (one, other)  # two common reds and greens: 0.01 to 0.07
 
 
 def test_bradley_terry_says_the_probability():
