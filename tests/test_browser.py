@@ -96,17 +96,38 @@ def move_beta_and_compare(page, name):
     page.screenshot(path=artefacts / f"{name}.png")
 
 
-def test_the_beta_slider_of_jupyterlab_moves_the_picture(serve, page, tmp_path):
+@pytest.fixture
+def lab(serve, tmp_path):
+    """The address of a JupyterLab that serves a copy of the notebooks."""
     notebooks = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
-    address = serve(
+    pages = tmp_path / "settings" / "@jupyterlab" / "notebook-extension"
+    pages.mkdir()
+    whole = '{"windowingMode": "none"}'  # so that cells below the window are there, too
+    (pages / "tracker.jupyterlab-settings").write_text(whole)
+    return serve(
         "jupyterlab", "--expose-app-in-browser", "--allow-root", "--ServerApp.port={port}",
         "--ServerApp.token=", f"--ServerApp.root_dir={notebooks}",
         JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "settings"),
     )  # fmt: skip
-    page.goto(f"{address}/lab/tree/02_rlhf_objective.ipynb")
+
+
+def test_a_fresh_page_shows_its_pictures_and_opens_a_folded_answer(lab, page):
+    page.goto(f"{lab}/lab/tree/02_rlhf_objective.ipynb")
+    page.locator(".jp-RenderedSVG img").first.wait_for()  # stored: nothing has been run
+    folded = page.locator(".jp-OutputPlaceholder")
+    before = folded.count()
+    assert before >= 1 and "Error displaying widget" not in page.locator("body").text_content()
+    folded.first.click()
+    page.wait_for_function(
+        f"() => document.querySelectorAll('.jp-OutputPlaceholder').length === {before - 1}"
+    )
+
+
+def test_the_beta_slider_of_jupyterlab_moves_the_picture(lab, page):
+    page.goto(f"{lab}/lab/tree/02_rlhf_objective.ipynb")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context")
     page.evaluate(RUN_ALL)
     move_beta_and_compare(page, "jupyterlab")
