@@ -115,12 +115,15 @@ def lab(serve, tmp_path):
 
 
 def test_a_fresh_page_shows_its_pictures_and_opens_a_folded_answer(lab, page):
-    page.goto(f"{lab}/lab/tree/02_rlhf_objective.ipynb")
-    page.locator(".jp-RenderedSVG img").first.wait_for()  # stored: nothing has been run
+    page.goto(f"{lab}/lab/tree/05_exact_world.ipynb")
+    page.wait_for_function(  # stored, since nothing has been run; no other figure is so wide
+        "() => [...document.querySelectorAll('.jp-OutputArea-output img')]"
+        ".some(picture => picture.naturalWidth > 1400)"
+    )
     folded = page.locator(".jp-OutputPlaceholder")
     before = folded.count()
     assert before >= 1 and "Error displaying widget" not in page.locator("body").text_content()
-    folded.first.click()
+    folded.first.evaluate("element => element.click()")
     page.wait_for_function(
         f"() => document.querySelectorAll('.jp-OutputPlaceholder').length === {before - 1}"
     )

@@ -6,7 +6,11 @@ python -m dpo_mini.course.execute notebooks [--all]
 import base64
 import hashlib
 import io
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -39,10 +43,38 @@ def execute(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = joined([o for o in cell.outputs if not is_chatter(o)])
             for output in cell.outputs:
+                add_png(output)
                 shrink(output)
     notebook.metadata["executed"] = fingerprint(notebook)
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)
+
+
+def add_png(output) -> None:
+    """Beside an SVG store the same picture as PNG: JupyterLab draws no SVG of a notebook that it
+    does not trust yet, which is every notebook of a fresh clone. Needs Chromium; without it the SVG
+    stands alone.
+    """
+    data = output.get("data", {})
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if "image/svg+xml" not in data or not chromium:
+        return
+    from PIL import Image
+
+    box = re.search(r"viewBox='0 0 (\d+) (\d+)'", data["image/svg+xml"])
+    size = [int(n) for n in box.groups()]
+    style = f"<!doctype html><style>body{{margin:0}}body>svg{{display:block;height:{size[1]}px!important}}"
+    with tempfile.TemporaryDirectory() as folder:
+        page, picture = Path(folder) / "page.html", Path(folder) / "picture.png"
+        page.write_text(f"{style}</style>{data['image/svg+xml']}", encoding="utf-8")
+        room = f"{size[0]},{size[1] + 300}"  # the window's own frame counts as height
+        subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={picture}",
+             f"--user-data-dir={folder}/profile", f"--window-size={room}", page],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        Image.open(picture).crop((0, 0, *size)).save(picture)
+        data["image/png"] = base64.b64encode(picture.read_bytes()).decode()
 
 
 def shrink(output) -> None:

@@ -117,7 +117,8 @@ def small_multiples(pictures: Sequence[str], columns=2, width=720, height=320, g
     placed = []
     for i, part in enumerate(pictures):
         x, y = i % columns * (width + gap), i // columns * (height + gap)
-        placed.append(part.replace("<svg ", f"<svg x='{x}' y='{y}' ", 1))
+        place = f"<svg x='{x}' y='{y}' height='{height}' "  # without a height it is centred
+        placed.append(part.replace("<svg ", place, 1))
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {across} {down}' "
         f"width='{across}' role='img' style='max-width:100%;height:auto'>{''.join(placed)}</svg>"
