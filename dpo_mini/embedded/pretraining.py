@@ -289,6 +289,7 @@ def new_model(vocabulary: int, layers: int, width: int, heads: int, context: int
         vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
         activation_function="gelu_pytorch_tanh", bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        attn_implementation="eager",  # a quarter faster on a CPU than the fused one at this length
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
