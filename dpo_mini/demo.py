@@ -85,7 +85,7 @@ def demo(
     `model`: as in `load_model`. The prompts are the embedded ones, behind the model's own prefix.
 
     Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl,
-    training.png and before_after.png. With `resume`, what an interrupted run wrote is used.
+    training.png, monitor.png and before_after.png. With `resume`, what an interrupted run wrote is used.
     Raises SettingsError for a number out of range, before any work.
     """
     check_demo(prompts, held_out, samples, max_new_tokens, beta)
@@ -165,10 +165,11 @@ def accuracy_of(policy, reference, tokenizer, pairs: list[PreferencePair], beta:
 
 def write_results(output: Path, report: dict, rows: list[dict], log: list[dict]) -> None:
     """The report first, and the figures last: what fails later loses nothing."""
-    from dpo_mini.course.plots import before_after_figure, training_figure
+    from dpo_mini.course.plots import before_after_figure, monitor_figure, training_figure
 
     (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     write_jsonl(output / "samples.jsonl", rows)
     write_jsonl(output / "log.jsonl", log)
     training_figure(log).savefig(output / "training.png", dpi=110)
+    monitor_figure(log).savefig(output / "monitor.png", dpi=110)
     before_after_figure(rows).savefig(output / "before_after.png", dpi=110)

@@ -18,7 +18,7 @@ MODEL_FILES = (
 )  # fmt: skip
 TRAINING_FILES = (
     "checkpoint.safetensors*", "reference_logps.safetensors*", "log.jsonl", "report.json",
-    "samples.jsonl", "training.png", "before_after.png",
+    "samples.jsonl", "training.png", "monitor.png", "before_after.png",
 )  # fmt: skip
 PRETRAINING_FILES = ("pretraining.json", "corpus.*", "checkpoint.pt", "checkpoint.tmp")
 

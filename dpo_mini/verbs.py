@@ -263,7 +263,7 @@ class Train(TrainingOptions, OutputOptions):
         return unpaired(pairs, length) if self.loss == "kto" else pairs
 
     def run(self) -> dict:
-        from dpo_mini.course.plots import training_figure
+        from dpo_mini.course.plots import monitor_figure, training_figure
         from dpo_mini.models import load_model, with_lora
         from dpo_mini.training import shared_prompt_block, train_preferences
 
@@ -284,6 +284,7 @@ class Train(TrainingOptions, OutputOptions):
         if is_main_process():
             start = math.log(2) if self.loss in LOG_2_AT_FIRST else None
             training_figure(log, start=start).savefig(folder / "training.png", dpi=110)
+            monitor_figure(log).savefig(folder / "monitor.png", dpi=110)
         settings = {"loss": self.loss, **options, "lora": self.lora, **asdict(config)}
         settings["completions" if self.loss == "kto" else "pairs"] = len(pairs)
         report = finish_training(self, model, tokenizer, log, self.pairs, base, settings)

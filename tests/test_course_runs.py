@@ -67,13 +67,14 @@ def test_the_live_monitor_adds_nothing_to_the_log(monkeypatch, tokenizer, tiny_f
     assert watch(model, [{"step": 0}]) == {"kl": 1.0} and "step 0" in shown[0].data
 
 
-def test_training_figure_draws_what_the_log_has():
+def test_the_figures_of_a_run_draw_what_the_log_has():
     run = studies.stored(RESULTS / "failures.json")["runs"][0]
-    figure = plots.training_figure(studies.rows(run["log"]), "a title")
-    assert len(figure.axes) == 8
-    labels = {
-        text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().texts
-    }
+    rows = studies.rows(run["log"])
+    figures = [plots.training_figure(rows, "a title"), plots.monitor_figure(rows, "a title")]
+    assert [len(figure.axes) for figure in figures] == [4, 4]
+    axes = [axis for figure in figures for axis in figure.axes]
+    assert all(axis.lines for axis in axes)
+    labels = {text.get_text() for ax in axes if ax.get_legend() for text in ax.get_legend().texts}
     assert {"chosen", "rejected", "margin", "held out", "second judge"} <= labels
 
 

@@ -67,7 +67,8 @@ def workplace(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "noise.bin").write_bytes(random.Random(0).randbytes(300))
     monkeypatch.setattr(subprocess, "call", lambda command: 0)  # no JupyterLab
     blank = Figure()  # drawing takes most of a small run's time, and no option changes it
-    monkeypatch.setattr("dpo_mini.course.plots.training_figure", lambda *_, **__: blank)
+    for figure in ("training_figure", "monitor_figure"):
+        monkeypatch.setattr(f"dpo_mini.course.plots.{figure}", lambda *_, **__: blank)
     reward = load_reward()  # once, not for each command line
     monkeypatch.setattr(
         "dpo_mini.rewards.load_reward",

@@ -22,7 +22,7 @@ from conftest import make_gpt2, random_pairs
 from dpo_mini import fast_logprobs, training
 from dpo_mini.checkpoints import TrainingInterrupted, diverged, finished, saved_step
 from dpo_mini.course import studies
-from dpo_mini.course.plots import training_figure
+from dpo_mini.course.plots import monitor_figure, training_figure
 from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, kto_loss
 from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.models import without_dropout
@@ -265,7 +265,8 @@ def test_the_kl_of_kto_is_that_of_completions_of_other_prompts(turned):
 @pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
 def test_a_log_of_any_loss_can_be_drawn(loss):
     log = train_preferences(fresh(), random_pairs(8), CONFIG, loss=loss)
-    panels = {axis.get_title(): axis for axis in training_figure(log, loss).axes}
+    axes = [*training_figure(log, loss).axes, *monitor_figure(log, loss).axes]
+    panels = {axis.get_title(): axis for axis in axes}
     assert panels["Loss (nats)"].lines and panels["Gradient norm"].lines
     drawn = [line.get_label() for line in panels["Implicit rewards"].lines]
     assert ("with the label's sign" in drawn) == (loss == "kto")

@@ -6,7 +6,7 @@ from html import escape
 
 import torch
 
-from dpo_mini.course.plots import training_figure
+from dpo_mini.course.plots import monitor_figure, training_figure
 from dpo_mini.sampling import sample_completions
 
 
@@ -15,17 +15,24 @@ def page(log: list[dict], samples: list[tuple[int, list[str], list[float]]]) -> 
 
     `samples`: for each time the step, the texts and their P(positive), prompts in the same order.
     """
-    picture = io.BytesIO()
+    curves = ""
     if len(log) > 1:
-        training_figure(log).savefig(picture, format="png", dpi=80, metadata={"Software": None})
-    image = base64.b64encode(picture.getvalue()).decode()
-    curves = f'<img alt="curves" src="data:image/png;base64,{image}">' if image else ""
+        curves = picture(training_figure(log), "loss, accuracy, rewards, log-probabilities")
+        curves += picture(monitor_figure(log), "P(positive), KL, variety, gradient norm")
     (first, texts, chances), (last, new_texts, new_chances) = samples[0], samples[-1]
     rows = "".join(
         f"<tr>{cell(text, chance)}{cell(new_text, new_chance)}</tr>"
         for text, chance, new_text, new_chance in zip(texts, chances, new_texts, new_chances)
     )
     return f"{curves}<table><tr><th>step {first}</th><th>step {last}</th></tr>{rows}</table>"
+
+
+def picture(figure, says: str) -> str:
+    """The figure as an HTML image that carries its own data; `says` stands for it in words."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=72, metadata={"Software": None})
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{says}" style="width:49%" src="data:image/png;base64,{data}">'
 
 
 def cell(text: str, chance: float) -> str:
