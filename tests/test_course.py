@@ -12,7 +12,9 @@ import torch
 from dpo_mini import exact
 from dpo_mini.course import execute, plots, svg, widgets
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -157,6 +159,28 @@ def test_letters_in_pictures_stand_out_from_the_paper():
     assert len(colours) >= 3
     for colour in colours:
         assert contrast(colour, svg.PAPER) >= 4.5, colour
+
+
+LETTERS = ("text", "annotate", "set_title", "set_xlabel", "set_ylabel", "suptitle", "bar_label")
+
+
+def letters(source: str) -> list[str]:
+    """The colours in which code that draws with matplotlib writes."""
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    named = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in LETTERS]
+    given = [k.value for call in named for k in call.keywords if k.arg in ("color", "c")]
+    return [ast.unparse(colour) for colour in given]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda p: f"{p.parent.stem}-{p.stem}")
+def test_letters_in_figures_stand_out_from_the_paper(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for colour in letters(cell.source) if cell.cell_type == "code" else ():
+            code = colour.strip("'")
+            code = getattr(plots, code.rpartition(".")[2], code)
+            assert contrast(code, "#ffffff") >= 4.5, f"{colour} in {cell.source}"
+    assert letters("axis.text(1, 2, 'x', color=plots.ORANGE)") == ["plots.ORANGE"]
+    assert contrast(plots.ORANGE, "#ffffff") < 4.5
 
 
 # Viénot, Brettel and Mollon 1999: what light becomes without the middle or the long cones.

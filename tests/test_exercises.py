@@ -126,6 +126,7 @@ def test_the_learners_copy_is_unsolved_and_nothing_in_it_crashes(
     said, progress = run_notebook(ROOT / "exercises" / path.name, tmp_path, monkeypatch, capsys)
     mine = [e for e in EXERCISES if e.id.startswith(path.stem[:2])]
     assert said.count("not yet: nothing is written here so far") == len(mine)
+    assert len(re.findall(r"^… \d\d\.\d ", said, flags=re.M)) == len(mine)
     assert progress == {}
 
 
@@ -134,6 +135,7 @@ def test_the_solutions_solve_it(path, tmp_path, monkeypatch, capsys):
     said, progress = run_notebook(path, tmp_path, monkeypatch, capsys)
     mine = {e.id for e in EXERCISES if e.id.startswith(path.stem[:2])}
     assert {id for id, row in progress.items() if row["solved"]} == mine, said
+    assert len(re.findall(r"^✓ \d\d\.\d ", said, flags=re.M)) == len(mine)
 
 
 @by_notebook

@@ -34,9 +34,16 @@ def check(id: str, answer) -> None:
     """
     verdict = examine(exercise(id), answer)
     record(id, verdict)
-    print(f"{id} {exercise(id).title}: {verdict.message}")
+    print(f"{mark(verdict)} {id} {exercise(id).title}: {verdict.message}")
     if os.environ.get("DPO_MINI_CHECKS") == "strict" and not verdict.solved:
         raise AssertionError(f"{id}: {verdict.message}")
+
+
+def mark(verdict: Verdict) -> str:
+    """What a glance at the line tells: solved, tried, or not begun."""
+    if verdict.solved:
+        return "✓"
+    return "…" if verdict.unwritten else "✗"
 
 
 def read_progress(path: Path | None = None) -> dict[str, dict]:
@@ -50,7 +57,7 @@ def read_progress(path: Path | None = None) -> dict[str, dict]:
 
 def record(id: str, verdict: Verdict, path: Path | None = None) -> None:
     """Add a try to the progress file; what is solved stays solved. Nothing leaves the machine."""
-    if "nothing is written" in verdict.message:
+    if verdict.unwritten:
         return
     path = path or PROGRESS
     progress = read_progress(path)

@@ -93,6 +93,7 @@ class Verdict(NamedTuple):
     solved: bool
     mistake: str | None  # the name of a mistake, where one was recognised
     message: str
+    unwritten: bool = False  # the answer's place still holds the stub
 
 
 class Outcome(NamedTuple):
@@ -124,7 +125,7 @@ def examine(exercise: Exercise, answer, seed: int | None = None) -> Verdict:
         return Verdict(False, None, said)
     trial = tried(exercise, answer, random.getrandbits(40) if seed is None else seed)
     if isinstance(trial.got[0].error, NotImplementedError):
-        return Verdict(False, None, "not yet: nothing is written here so far.")
+        return Verdict(False, None, "not yet: nothing is written here so far.", unwritten=True)
     complaints = [
         complaint(e, g, allowed(exercise, g), trial.names)
         for e, g in zip(trial.expected, trial.got)
