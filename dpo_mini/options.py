@@ -75,23 +75,6 @@ class TrainingOptions(Options):
         return replace(config, warmup_steps=min(config.warmup_steps, config.steps // 2))
 
 
-TRAINING_HELP = {
-    "steps": "optimiser steps",
-    "batch_size": "pairs or texts per step, over all processes",
-    "micro_batch_size": "pairs or texts in memory at once (fewer: less memory, same result)",
-    "block_size": "neighbours in the data that stay together when it is shuffled: 6 keeps the "
-    "pairs of 4 samples in one batch, where their prompt is read once",
-    "learning_rate": "peak learning rate of AdamW",
-    "warmup_steps": "steps of linear warm-up, by default half of all steps at most",
-    "schedule": "learning rate after the warm-up: constant, linear or cosine",
-    "weight_decay": "of AdamW",
-    "max_grad_norm": "a longer gradient is scaled down to this length",
-    "bf16": "bfloat16 autocast (by default from 20 million parameters on, where it is faster)",
-    "checkpoint_every": "steps between checkpoints",
-    "monitor_every": "steps between measurements on held-out prompts",
-}
-
-
 def check(name: str, value, bounds) -> None:
     """Raise SettingsError for a number out of its bounds, or a text that no file could hold."""
     if isinstance(value, str):
@@ -133,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser, verb: type[Options]) -> None:
             if g.name not in left_out:
                 default = {g.name: g.default, **verb.DEFAULTS, **verb.DERIVED}[g.name]
                 kind = bool | None if kinds[g.name] is bool else kinds[g.name]
-                add_option(parser, g.name, kind, default, TRAINING_HELP[g.name], {})
+                add_option(parser, g.name, kind, default, g.metadata["help"], {})
 
 
 def add_option(parser, name, kind, default, help, more) -> None:

@@ -23,12 +23,10 @@ from dpo_mini.sampling import Completion, sample_completions
 from dpo_mini.settings import (
     LARGEST_SEED,
     MOST_ITEMS,
-    MOST_STEPS,
     MOST_TOKENS,
-    SettingsError,
     TrainingError,
-    check_real,
-    check_whole,
+    check_settings,
+    setting,
 )
 from dpo_mini.tokens import Batch, TokenizedPair, collate
 from dpo_mini.training import Objective, batch_indices
@@ -137,49 +135,36 @@ class PolicyGradientConfig:
     Every number is checked here. Raises SettingsError for one out of range.
     """
 
-    steps: int = 35
-    batch_size: int = 64  # completions per step
-    learning_rate: float = 1e-4
-    beta: float = 0.1  # weight of the KL penalty (at the start, where there is a target)
-    target_kl: float | None = None  # nats a completion; None: beta stays
-    kl_gain: float = 1.0  # how fast beta follows the KL
-    max_new_tokens: int = 32
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 3
-    seed: int = 0
-    monitor_every: int = 10
-    samples: int = 4  # REINFORCE: completions of each prompt, each other's baseline
-    epochs: int = 2  # PPO: passes over each step's completions
-    minibatch_size: int = 32
-    clip: float = 0.2
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
+    steps: int = setting(35, "optimiser steps")
+    batch_size: int = setting(64, "completions per step", most=MOST_ITEMS)
+    learning_rate: float = setting(1e-4, "peak learning rate", above=True)
+    beta: float = setting(
+        0.1, "weight of the KL penalty (at the start, where there is a target)",
+        "Try 0.1, or 0 for no penalty.",
+    )  # fmt: skip
+    target_kl: float | None = setting(
+        None, "nats a completion; None: beta stays", "Try 6, or None: then beta stays.", above=True
+    )
+    kl_gain: float = setting(1.0, "how fast beta follows the KL")
+    max_new_tokens: int = setting(32, "longest completion", most=MOST_TOKENS)
+    max_grad_norm: float = setting(
+        1.0, "a longer gradient is scaled down to this length", above=True
+    )
+    warmup_steps: int = setting(3, "steps of linear warm-up", least=0)
+    seed: int = setting(0, "of prompts and samples", least=0, most=LARGEST_SEED)
+    monitor_every: int = setting(10, "steps between measurements")
+    samples: int = setting(
+        4, "REINFORCE: completions of each prompt, each other's baseline", most=MOST_ITEMS
+    )
+    epochs: int = setting(2, "PPO: passes over each step's completions")
+    minibatch_size: int = setting(32, "PPO: completions per gradient", most=MOST_ITEMS)
+    clip: float = setting(0.2, "PPO: how far the ratio may move", above=True)
+    # Above 1, what is far ahead would count for more than what is near.
+    gamma: float = setting(1.0, "PPO: discount of a later reward", most=1)
+    gae_lambda: float = setting(0.95, "PPO: discount of a later surprise", most=1)
 
     def __post_init__(self):
-        check_whole("steps", self.steps, 1, MOST_STEPS, "Try 35.")
-        check_whole("batch_size", self.batch_size, 1, MOST_ITEMS, "Try 64.")
-        check_real("learning_rate", self.learning_rate, 0, "Try 1e-4.", above=True)
-        check_real("beta", self.beta, 0, "Try 0.1, or 0 for no penalty.")
-        if self.target_kl is not None:
-            advice = "Try 6, or None: then beta stays."
-            check_real("target_kl", self.target_kl, 0, advice, above=True)
-        check_real("kl_gain", self.kl_gain, 0, "Try 1.")
-        check_whole("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS, "Try 32.")
-        check_real("max_grad_norm", self.max_grad_norm, 0, "Try 1.", above=True)
-        check_whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, "Try 3.")
-        check_whole("seed", self.seed, 0, LARGEST_SEED, "Try 0.")
-        check_whole("monitor_every", self.monitor_every, 1, MOST_STEPS, "Try 10.")
-        check_whole("samples", self.samples, 1, MOST_ITEMS, "Try 4.")
-        check_whole("epochs", self.epochs, 1, MOST_STEPS, "Try 2.")
-        check_whole("minibatch_size", self.minibatch_size, 1, MOST_ITEMS, "Try 32.")
-        check_real("clip", self.clip, 0, "Try 0.2.", above=True)
-        for name in ("gamma", "gae_lambda"):
-            check_real(name, getattr(self, name), 0, "Try 1.")
-            if getattr(self, name) > 1:
-                raise SettingsError(
-                    f"{name} must be at most 1, got {getattr(self, name)}: what is far ahead "
-                    "would count for more than what is near. Try 1."
-                )
+        check_settings(self)
 
 
 class Rollout(NamedTuple):

@@ -4,7 +4,8 @@ This room imports neither torch nor transformers, so that `--help` answers at on
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import get_args
 
 MOST_STEPS = 10**9  # what is beyond these bounds is a slip of the keyboard, not a wish
 MOST_ITEMS = 10**6
@@ -34,12 +35,45 @@ def check_whole(name: str, value, least: int, most: int, advice: str) -> None:
         )
 
 
-def check_real(name: str, value, least: float, advice: str, above=False) -> None:
-    """Raise SettingsError unless `value` is a finite number, `least` or more (`above`: more)."""
-    right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or value < least or (above and value == least):
+def check_real(name: str, value, least: float, advice: str, above=False, most=math.inf) -> None:
+    """Raise SettingsError unless `value` is a finite number, `least` or more (`above`: more), and
+    `most` or less.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    finite = number and math.isfinite(value)
+    if not finite or not least <= value <= most or (above and value == least):
         bound = f"above {least:g}" if above else f"{least:g} or more"
+        if most < math.inf:
+            bound = f"from {least:g} to {most:g}"
         raise SettingsError(f"{name} must be a number, {bound}, got {value!r}. {advice}")
+
+
+def setting(default, help: str, advice: str | None = None, **bounds):
+    """A dataclass field that is a setting: what it is, what to try instead of a wrong value, and
+    its bounds, which `check_settings` holds.
+
+    `least` (of a whole number 1, of a real one 0, unless said), `most`, `above=True` (more than 0);
+    `choices` of a name.
+    """
+    words = {"help": help, "advice": advice or f"Try {default}."}
+    return field(default=default, metadata=words | bounds)
+
+
+def check_settings(settings) -> None:
+    """Raise SettingsError for the first field of a dataclass of settings that is out of range."""
+    for f in fields(settings):
+        name, value, bounds = f.name, getattr(settings, f.name), f.metadata
+        kinds, advice = get_args(f.type) or (f.type,), bounds["advice"]
+        if value is None and type(None) in kinds:
+            continue
+        if int in kinds:
+            check_whole(name, value, bounds.get("least", 1), bounds.get("most", MOST_STEPS), advice)
+        elif float in kinds:
+            above, most = bounds.get("above", False), bounds.get("most", math.inf)
+            check_real(name, value, 0, advice, above, most)
+        elif value not in bounds["choices"] or (bool in kinds and not isinstance(value, bool)):
+            choices = ", ".join(str(choice) for choice in bounds["choices"])
+            raise SettingsError(f"{name} must be one of {choices}, got {value!r}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -49,41 +83,41 @@ class TrainingConfig:
     Every number is checked here. Raises SettingsError for one out of range.
     """
 
-    steps: int = 200
-    batch_size: int = 32  # items (pairs or texts) per optimiser step, over all processes
-    micro_batch_size: int | None = None  # items in memory at once; None: the whole batch
-    block_size: int = 1  # neighbours shuffled as one: 6 keeps the pairs of 4 samples together
-    learning_rate: float = 5e-5
-    warmup_steps: int = 10
-    schedule: str = "linear"  # after the warm-up: "constant", "linear" or "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    bf16: bool = False  # autocast; log-probabilities stay in float32
-    seed: int = 0
-    checkpoint_every: int = 50
-    monitor_every: int = 25
+    steps: int = setting(200, "optimiser steps")
+    batch_size: int = setting(
+        32, "items (pairs or texts) per step, over all processes", most=MOST_ITEMS
+    )
+    micro_batch_size: int | None = setting(
+        None, "items in memory at once (fewer: less memory, same result)",
+        "Try 4, or leave it out: then the whole batch is in memory at once.", most=MOST_ITEMS,
+    )  # fmt: skip
+    block_size: int = setting(
+        1, "neighbours in the data that stay together when it is shuffled: 6 keeps the pairs of 4 "
+        "samples in one batch, where their prompt is read once",
+        "Try 1: every item is shuffled by itself.", most=MOST_ITEMS,
+    )  # fmt: skip
+    learning_rate: float = setting(
+        5e-5, "peak learning rate of AdamW",
+        "Try 5e-5 for a large model, 2e-4 for the embedded one.", above=True,
+    )  # fmt: skip
+    warmup_steps: int = setting(
+        10, "steps of linear warm-up, by default half of all steps at most",
+        "Try 10, or 0 for no warm-up.", least=0,
+    )  # fmt: skip
+    schedule: str = setting(
+        "linear", "learning rate after the warm-up: constant, linear or cosine", choices=SCHEDULES
+    )
+    weight_decay: float = setting(0.0, "of AdamW")
+    max_grad_norm: float = setting(
+        1.0, "a longer gradient is scaled down to this length", above=True
+    )
+    bf16: bool = setting(  # log-probabilities and the loss stay in float32
+        False, "bfloat16 autocast (by default from 20 million parameters on, where it is faster)",
+        choices=(True, False),
+    )  # fmt: skip
+    seed: int = setting(0, "of the order of the data", least=0, most=LARGEST_SEED)
+    checkpoint_every: int = setting(50, "steps between checkpoints")
+    monitor_every: int = setting(25, "steps between measurements on held-out prompts")
 
     def __post_init__(self):
-        check_whole("steps", self.steps, 1, MOST_STEPS, "Try 200.")
-        check_whole("batch_size", self.batch_size, 1, MOST_ITEMS, "Try 32.")
-        if self.micro_batch_size is not None:
-            advice = "Try 4, or leave it out: then the whole batch is in memory at once."
-            check_whole("micro_batch_size", self.micro_batch_size, 1, MOST_ITEMS, advice)
-        advice = "Try 1: every item is shuffled by itself."
-        check_whole("block_size", self.block_size, 1, MOST_ITEMS, advice)
-        advice = "Try 5e-5 for a large model, 2e-4 for the embedded one."
-        check_real("learning_rate", self.learning_rate, 0, advice, above=True)
-        advice = "Try 10, or 0 for no warm-up."
-        check_whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, advice)
-        if self.schedule not in SCHEDULES:
-            raise SettingsError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}. "
-                "Try linear."
-            )
-        check_real("weight_decay", self.weight_decay, 0, "Try 0.")
-        check_real("max_grad_norm", self.max_grad_norm, 0, "Try 1.", above=True)
-        if not isinstance(self.bf16, bool):
-            raise SettingsError(f"bf16 must be true or false, got {self.bf16!r}. Try false.")
-        check_whole("seed", self.seed, 0, LARGEST_SEED, "Try 0.")
-        check_whole("checkpoint_every", self.checkpoint_every, 1, MOST_STEPS, "Try 50.")
-        check_whole("monitor_every", self.monitor_every, 1, MOST_STEPS, "Try 25.")
+        check_settings(self)
