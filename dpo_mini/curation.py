@@ -36,11 +36,12 @@ def prefixes(
 
 
 def sampled_pairs(
-    model, tokenizer, prompts, reward, n=4, max_new_tokens=40, labels="best", seed=0, progress=False
-):
+    model, tokenizer, prompts, reward, n=4, max_new_tokens=40, labels="best", seed=0,
+    progress=False, bf16=False,
+):  # fmt: skip
     """Sample `n` completions of each prompt, label all their pairs: (pairs, exact ties dropped)."""
     samples = sample_completions(
-        model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress
+        model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress, bf16=bf16
     )
     rewards = reward([c.full_text for row in samples for c in row])
     return pairs_from_samples(samples, rewards, labels, seed, tokenizer)

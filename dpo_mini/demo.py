@@ -45,8 +45,9 @@ REAL_DEMO_CONFIG = TrainingConfig(
 
 
 def sample_monitor(
-    reference, tokenizer, prompts, reward, judge=None, pairs=(), beta=0.1, max_new_tokens=40, seed=7
-):
+    reference, tokenizer, prompts, reward, judge=None, pairs=(), beta=0.1, max_new_tokens=40,
+    seed=7, bf16=False,
+):  # fmt: skip
     """A monitor for `train`: what fresh samples of the model are like, and, for held-out `pairs`
     (tokenized), its DPO loss and how many it ranks rightly.
 
@@ -55,12 +56,14 @@ def sample_monitor(
     reference_pairs = reference_logps(reference, pairs) if pairs else None
 
     def monitor(model, log) -> dict:
-        drawn = sample_completions(model, tokenizer, prompts, 1, max_new_tokens, seed=seed)
+        drawn = sample_completions(
+            model, tokenizer, prompts, 1, max_new_tokens, seed=seed, bf16=bf16
+        )
         completions = [row[0] for row in drawn]
         texts = [c.full_text for c in completions]
         values = {
             "reward": reward(texts).sigmoid().mean().item(),
-            "kl": sequence_kl(model, reference, completions).mean().item(),
+            "kl": sequence_kl(model, reference, completions, bf16=bf16).mean().item(),
             "distinct_2": distinct_n([c.text for c in completions]),
         }
         if judge:
@@ -85,7 +88,8 @@ def demo(
     `model`: as in `load_model`. The prompts are the embedded ones, behind the model's own prefix.
 
     Writes to `output`: the pairs, the trained model, report.json, samples.jsonl, log.jsonl,
-    training.png, monitor.png and before_after.png. With `resume`, what an interrupted run wrote is used.
+    training.png, monitor.png and before_after.png. With `resume`, what an interrupted run wrote is
+    used. With `config.bf16` all of it, not the training alone, is in bfloat16.
     Raises SettingsError for a number out of range, before any work.
     """
     check_demo(prompts, held_out, samples, max_new_tokens, beta)
@@ -101,7 +105,7 @@ def demo(
         if not (resume and path.exists()):
             pairs, _ = sampled_pairs(
                 reference, tokenizer, its_prompts, reward, samples, max_new_tokens,
-                seed=seed, progress=progress,
+                seed=seed, progress=progress, bf16=config.bf16,
             )  # fmt: skip
             with written_aside(path) as partial:  # --resume would use a file half written
                 write_jsonl(partial, pairs)
@@ -114,14 +118,15 @@ def demo(
         output=output, resume=resume, progress=progress,
         identity={"prompts": len(train_prompts), "held_out": len(test_prompts)},
         monitor=sample_monitor(
-            reference, tokenizer, test_prompts[:64], reward, judge, max_new_tokens=max_new_tokens
+            reference, tokenizer, test_prompts[:64], reward, judge,
+            max_new_tokens=max_new_tokens, bf16=config.bf16,
         ),
     )  # fmt: skip
     report, rows = evaluate(
         policy, reference, tokenizer, test_prompts, reward, judge, 1, max_new_tokens,
-        progress=progress,
+        progress=progress, bf16=config.bf16,
     )  # fmt: skip
-    report |= accuracy_of(policy, reference, tokenizer, test_pairs, beta)
+    report |= accuracy_of(policy, reference, tokenizer, test_pairs, beta, config.bf16)
     settings = {
         "beta": beta, "prompts": len(train_prompts), "samples": samples, "pairs": len(pairs),
         "max_new_tokens": max_new_tokens, **asdict(config), "torch": torch.__version__,
@@ -156,10 +161,10 @@ def pairs_of_prompts(path: Path, prompts: list[str]) -> list[PreferencePair]:
     return pairs
 
 
-def accuracy_of(policy, reference, tokenizer, pairs: list[PreferencePair], beta: float) -> dict:
+def accuracy_of(policy, reference, tokenizer, pairs, beta: float, bf16: bool) -> dict:
     """How many held-out pairs the policy ranks rightly: see `held_out_accuracy`."""
     tokenized = tokenize_pairs(pairs, tokenizer, context_length(policy))
-    logps = [reference_logps(model, tokenized) for model in (policy, reference)]
+    logps = [reference_logps(model, tokenized, bf16=bf16) for model in (policy, reference)]
     return held_out_accuracy(*logps, pairs, beta)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_mini.data import DataError, as_text
-from dpo_mini.models import without_dropout
+from dpo_mini.models import in_bfloat16, without_dropout
 from dpo_mini.rewards import shown_values
 from dpo_mini.sampling import Completion, sample_completions
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_whole
@@ -99,7 +99,7 @@ LOGITS_AT_ONCE = 2**25  # numbers of one model: 128 MiB in float32
 
 @torch.no_grad()
 def sequence_kl(
-    policy, reference, completions: Sequence[Completion], batch_size: int = 64
+    policy, reference, completions: Sequence[Completion], batch_size: int = 64, bf16: bool = False
 ) -> Tensor:
     """KL(pi || pi_ref) of whole completions, one unbiased estimate per completion sampled from
     `policy`, [n], in nats.
@@ -107,14 +107,16 @@ def sequence_kl(
     KL(pi || pi_ref) = E_pi[sum over t of KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t))]: each token's
     KL is computed exactly over the vocabulary and only the prefix is sampled, which varies far less
     than log pi(y) - log pi_ref(y). A sum over tokens, not a mean. As many completions are read at
-    once as LOGITS_AT_ONCE permits, `batch_size` at most.
+    once as LOGITS_AT_ONCE permits, `batch_size` at most. `bf16`: products in bfloat16, softmax and
+    sums in float32.
     """
     rows = [(c.prompt_ids, c.ids) for c in completions]
     longest = max((len(prompt) + len(ids) for prompt, ids in rows), default=1)
     at_once = LOGITS_AT_ONCE // (longest * policy.config.get_text_config().vocab_size)
     size = min(batch_size, max(1, at_once))
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return torch.cat([kl_of_rows(policy, reference, part) for part in parts])
+    with in_bfloat16(policy, bf16):
+        return torch.cat([kl_of_rows(policy, reference, part) for part in parts])
 
 
 def kl_of_rows(policy, reference, rows: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -209,6 +211,7 @@ def evaluate(
     max_new_tokens: int = 48,
     seed: int = 1,
     progress: bool = False,
+    bf16: bool = False,
 ) -> tuple[dict, list[dict]]:
     """Policy against reference on held-out prompts, `n` completions of each, at temperature 1.
 
@@ -226,8 +229,9 @@ def evaluate(
         without_dropout(model)
     samples = {
         name: sample_completions(
-            model, tokenizer, prompts, n, max_new_tokens, seed=its_seed, progress=progress
-        )
+            model, tokenizer, prompts, n, max_new_tokens, seed=its_seed, progress=progress,
+            bf16=bf16,
+        )  # fmt: skip
         for name, model, its_seed in (("reference", reference, seed), ("policy", policy, seed + 1))
     }
     groups = [i for i in range(len(prompts)) for _ in range(n)]  # whose completion each is
@@ -239,7 +243,8 @@ def evaluate(
         report |= quality(name, drawn, shown[name], judge, groups)
     report["reward_gain"] = mean_interval(shown["policy"] - shown["reference"], groups)
     report["win_rate"] = win_rate(scores["policy"], scores["reference"], groups)
-    report["kl"] = mean_interval(sequence_kl(policy, reference, flat["policy"]), groups)
+    kl = sequence_kl(policy, reference, flat["policy"], bf16=bf16)
+    report["kl"] = mean_interval(kl, groups)
     rows = side_by_side(flat, shown)[::n]
     return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in report.items()}, rows
 

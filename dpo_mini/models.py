@@ -326,6 +326,15 @@ def pick_device(parameters: float = math.inf) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def in_bfloat16(model, on: bool = True):
+    """A context in which the model's products are taken in bfloat16, by autocast; `on` False:
+    nothing changes. bfloat16 has float32's range: no gradient needs scaling.
+
+    Weights are cast once in the context, so leave it before they change.
+    """
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=on)
+
+
 def bfloat16_pays(device: str = "cpu") -> bool:
     """Whether a matrix product is faster in bfloat16 than in float32, by a trial of some 10 ms.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_mini import processes
 from dpo_mini.checkpoints import written_aside
 from dpo_mini.fast_logprobs import completion_logps, different_rows
-from dpo_mini.models import without_dropout
+from dpo_mini.models import in_bfloat16, without_dropout
 
 
 def reference_logps(
@@ -39,7 +39,7 @@ def reference_logps(
     hidden = not (progress and processes.is_main())
     by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))  # little padding
     logps = torch.empty(len(rows))
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), in_bfloat16(model, bf16):
         for i in tqdm(range(0, len(rows), batch_size), "reference", disable=hidden):
             chunk = by_length[i : i + batch_size]
             logps[chunk] = completion_logps(model, [rows[j] for j in chunk]).float().cpu()

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dpo_mini.data import DataError, Text
 from dpo_mini.exactness import base, check_defined, difference, refusal, say_once
-from dpo_mini.models import check_ids, context_length
+from dpo_mini.models import check_ids, context_length, in_bfloat16
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, TrainingError, check_real, check_whole
 from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
@@ -51,13 +51,15 @@ def sample_completions(
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
+    bf16: bool = False,
 ) -> list[list[Completion]]:
     """`n` completions of each prompt, drawn from the model's own distribution (no top-k, no top-p).
 
     A prompt is a text, or a conversation as a list of messages, to which the tokenizer's chat
     template is applied. Any truncation would sample from another policy than the one whose
     log-probabilities we use. At temperature 0 each token is the likeliest one. The result depends
-    on `seed` and `batch_size` and leaves torch's global random state as it was.
+    on `seed`, `batch_size` and `bf16` (products in bfloat16), and leaves torch's global random
+    state as it was.
 
     Raises SettingsError for a number out of range, DataError for a prompt that cannot be tokenised
     or that leaves no room for `max_new_tokens` in the model's context.
@@ -77,7 +79,7 @@ def sample_completions(
         chunk = rows[i : i + batch_size]
         u = torch.rand(max_new_tokens, len(chunk), generator=generator)
         sampled = continuations(
-            model, [ids for _, ids in chunk], u, temperature, tokenizer.eos_token_id
+            model, [ids for _, ids in chunk], u, temperature, tokenizer.eos_token_id, bf16
         )
         for (prompt, prompt_ids), ids in zip(chunk, sampled):
             text = completion_text(tokenizer, prompt_ids, ids)
@@ -110,7 +112,8 @@ def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: i
 
 @torch.no_grad()
 def continuations(
-    model, prompts: Sequence[list[int]], u: Tensor, temperature: float = 1.0, end: int | None = None
+    model, prompts: Sequence[list[int]], u: Tensor, temperature: float = 1.0,
+    end: int | None = None, bf16: bool = False,
 ) -> list[list[int]]:
     """Each prompt continued through the first `end`, or by as many tokens as `u` has rows.
 
@@ -131,8 +134,8 @@ def continuations(
     )  # fmt: skip
     if reason:
         say_once(model, f"{reason}. Samples are drawn with `generate`, which is slower.")
-        return generated(model, prompts, u, temperature, end)
-    return continued(model, prompts, u, temperature, end)
+    with in_bfloat16(model, bf16):  # only now: the trial compares in the model's own precision
+        return (generated if reason else continued)(model, prompts, u, temperature, end)
 
 
 def continued(

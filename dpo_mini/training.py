@@ -25,7 +25,7 @@ from dpo_mini.checkpoints import Run, steps_of_run, stop_unless_finite
 from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, LabelledLogps
 from dpo_mini.fast_logprobs import completion_logps
 from dpo_mini.losses import PairLogps, preference_metrics
-from dpo_mini.models import context_length, without_dropout
+from dpo_mini.models import context_length, in_bfloat16, without_dropout
 from dpo_mini.reference import data_fingerprint, reference_logps, weights_fingerprint
 from dpo_mini.settings import TrainingConfig, TrainingError
 from dpo_mini.tokens import TokenizedPair, unpaired
@@ -88,7 +88,7 @@ def train(
             # Two means: the loss's over its terms (of a text, the tokens), a metric's over items.
             terms, sums = sum(map(objective.terms, batch)), {}
             for part in parts(my_share, config.micro_batch_size):  # what memory holds at once
-                with precision(model, config):
+                with in_bfloat16(model, config.bf16):
                     # 2. Log-probabilities: the policy's [part] carry a gradient, the reference's
                     #    came with the items.
                     logps = objective.logps(model, part, *mismatched)
@@ -166,7 +166,7 @@ def mismatched_log_ratios(model, my_share: list, objective: Objective, config) -
     """
     if objective.of_whole_batch is None:
         return ()
-    with torch.no_grad(), precision(model, config):
+    with torch.no_grad(), in_bfloat16(model, config.bf16):
         log_ratios = [
             objective.of_whole_batch(model, part)
             for part in parts(my_share, config.micro_batch_size)
@@ -178,11 +178,6 @@ def parts(items: list, size: int | None) -> Iterator[list]:
     """The items in parts of `size`; None: all at once."""
     size = size or len(items)
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def precision(model, config):
-    """bfloat16 autocast, or nothing. Its range is float32's: no gradient needs scaling."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16)
 
 
 def with_part(sums: dict, loss: Tensor, metrics: dict[str, Tensor], batch_size: int) -> dict:

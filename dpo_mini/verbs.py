@@ -63,6 +63,9 @@ class SamplingOptions(Options):
     )
     samples: int = option(3, "completions of each prompt", at_most=10_000)
     max_new_tokens: int = option(40, "longest completion", at_most=10**6)
+    bf16: bool | None = option(
+        None, "products in bfloat16 (by default from 20 million parameters on, where it is faster)"
+    )
     reward: str = option("embedded", "the embedded reward, or a text classifier (Hub name, folder)")
     positive: str | None = option(
         None, "the label of --reward that counts as positive, if none is named so", metavar="LABEL"
@@ -199,7 +202,7 @@ class Pairs(PromptOptions, OutputOptions):
         prompts = as_asked(self, prompts, model, tokenizer)
         pairs, ties = sampled_pairs(
             model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
-            self.labels, self.seed, not self.json,
+            self.labels, self.seed, not self.json, precision(self, model),
         )  # fmt: skip
         if not pairs:
             raise DataError(
@@ -337,7 +340,7 @@ class Evaluate(PromptOptions, OutputOptions):
             )
         return policy, reference, tokenizer
 
-    def pair_accuracy(self, policy, reference, tokenizer) -> dict:
+    def pair_accuracy(self, policy, reference, tokenizer, bf16: bool) -> dict:
         from dpo_mini.data import preference_pairs, read_rows
         from dpo_mini.evaluation import held_out_accuracy
         from dpo_mini.models import ANY_LENGTH, context_length
@@ -353,7 +356,7 @@ class Evaluate(PromptOptions, OutputOptions):
         if not all(fits):
             say(self, f"{fits.count(False)} pairs longer than the context of {length} are dropped.")
         pairs, tokenized = list(compress(pairs, fits)), list(compress(tokenized, fits))
-        logps = [reference_logps(model, tokenized) for model in (policy, reference)]
+        logps = [reference_logps(model, tokenized, bf16=bf16) for model in (policy, reference)]
         return held_out_accuracy(*logps, pairs, self.beta)
 
     def run(self) -> dict:
@@ -368,10 +371,11 @@ class Evaluate(PromptOptions, OutputOptions):
         judge = load_judge() if self.reward == "embedded" else None
         prompts, heading = chosen_prompts(self, tokenizer, self.split, held_out=True)
         prompts = as_asked(self, prompts, policy, tokenizer)
-        accuracy = self.pair_accuracy(policy, reference, tokenizer) if self.pairs else {}
+        bf16 = precision(self, policy, "Evaluating")
+        accuracy = self.pair_accuracy(policy, reference, tokenizer, bf16) if self.pairs else {}
         report, rows = evaluate(
             policy, reference, tokenizer, prompts, reward, judge, self.samples,
-            self.max_new_tokens, self.seed, not self.json,
+            self.max_new_tokens, self.seed, not self.json, bf16,
         )  # fmt: skip
         report |= {"reward_shown_as": shown_as(reward), **accuracy}
         write_jsonl(folder / "samples.jsonl", rows)
@@ -400,7 +404,7 @@ class Sample(SamplingOptions):
         prompts = as_asked(self, asked, model, tokenizer)
         drawn = sample_completions(
             model, tokenizer, prompts, self.samples, self.max_new_tokens, self.temperature,
-            self.seed,
+            self.seed, bf16=precision(self, model),
         )  # fmt: skip
         completions = [c for row in drawn for c in row]
         texts = [c.full_text for c in completions]  # of a chat the answer alone, without markup
@@ -646,19 +650,28 @@ def training_output(options) -> Path:
 
 
 def in_bfloat16_where_it_pays(options, model) -> dict:
-    """The precision that a verb chooses by itself: bfloat16 for a model that is not small, where
-    the processor is faster in it. Said in a line, since the numbers differ by rounding.
+    """The precision of a verb that trains. A resumed run keeps the precision of its checkpoint: a
+    second timing may end otherwise.
+    """
+    bf16 = options.settings.get("bf16")
+    if bf16 is None and options.resume:
+        bf16 = saved_precision(Path(options.output))
+    return {"bf16": precision(options, model, "Training", bf16)}
 
-    A resumed run keeps the precision of its checkpoint: a second timing may end otherwise.
+
+def precision(options, model, doing: str = "Sampling", bf16: bool | None = None) -> bool:
+    """Whether to take products in bfloat16: as asked, else for a model that is not small, where
+    the processor is faster in it. Said in a line, since the numbers differ by rounding.
     """
     from dpo_mini.models import SMALL, bfloat16_pays
 
-    bf16 = saved_precision(Path(options.output)) if options.resume else None
-    if bf16 is None:
-        bf16 = model.num_parameters() >= SMALL and bfloat16_pays(model.device.type)
-    if bf16 and "bf16" not in options.settings:
-        say(options, "Training in bfloat16, which is faster here (--no-bf16: float32).")
-    return {"bf16": bf16}
+    asked = getattr(options, "bf16", None) if bf16 is None else bf16
+    if asked is not None:
+        return asked
+    pays = model.num_parameters() >= SMALL and bfloat16_pays(model.device.type)
+    if pays:
+        say(options, f"{doing} in bfloat16, which is faster here (--no-bf16: float32).")
+    return pays
 
 
 def saved_precision(folder: Path) -> bool | None:

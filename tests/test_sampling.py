@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dpo_mini import sampling
+from dpo_mini.evaluation import sequence_kl
 from dpo_mini.models import load_model
+from dpo_mini.rewards import load_prompts
 from dpo_mini.sampling import continuations, inverse_cdf, sample_completions, through_first
 from dpo_mini.settings import TrainingError
 from dpo_mini.tokens import collate, tokenize_prompt
@@ -212,3 +214,18 @@ def test_a_model_that_blew_up_is_refused_in_a_sentence(gpt2, temperature):
     gpt2.transformer.ln_f.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="learning rate"):
         continuations(gpt2, [[0, 1]], torch.full((3, 1), 0.5), temperature)
+
+
+def test_bfloat16_changes_samples_and_kl_by_rounding_only():
+    model, tokenizer = load_model()
+    warmer = copy.deepcopy(model)
+    warmer.transformer.ln_f.weight.data *= 0.7  # another policy, not far away
+    prompts = load_prompts("held_out")[:64]
+    likeliest = [
+        [row[0].ids[0] for row in sample_completions(model, tokenizer, prompts, 1, 1, 0, bf16=on)]
+        for on in (False, True)
+    ]
+    assert sum(a == b for a, b in zip(*likeliest)) >= 60
+    drawn = [row[0] for row in sample_completions(warmer, tokenizer, prompts, 1, 8)]
+    exact, rounded = (sequence_kl(warmer, model, drawn, bf16=on) for on in (False, True))
+    assert 0 < (exact - rounded).abs().mean() < 0.02 * exact.mean()  # 0: nothing was rounded
