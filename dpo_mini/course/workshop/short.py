@@ -1,0 +1,104 @@
+"""The workshop's notebooks: the full chapters' cells on the way of a plan, nothing written twice.
+
+    python -m dpo_mini.course.workshop.short --run 1h 3h    # execute them, store their seconds
+
+Exercises come from solutions/, cut to those of the plan.
+"""
+
+import copy
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from dpo_mini.course.exercises import learner_copy
+from dpo_mini.course.workshop import plan
+
+SHORT = ("1h", "3h")  # the two-day plan takes whole chapters
+SOLUTIONS = plan.ROOT / "solutions"
+
+
+def short_notebook(chapter: str, form: str):
+    """A chapter cut to a plan. Cells to be run and not read are folded, answers are empty."""
+    path = plan.notebook_path(chapter)
+    notebook = nbformat.read(path, as_version=4)
+    kept = [copy.deepcopy(c) for c in notebook.cells if plan.on_the_way(c, form)]
+    for cell in kept:
+        if not plan.is_read(cell, form):
+            cell.metadata["jupyter"] = {"source_hidden": True}
+        if "answer" in plan.tags(cell):
+            cell.outputs, cell.execution_count = [], None
+            cell.metadata.pop("jupyter", None)
+    left = plan.skipped(chapter, form)
+    gone = f" Left out: {'; '.join(left)}." if left else ""
+    ids = plan.exercises_of(form).get(chapter, [])
+    practise = f"[Exercises](../exercises/{path.name}): {', '.join(ids)}. " if ids else ""
+    last = f"---\n{practise}The whole chapter is `notebooks/{path.name}` of the course.{gone}"
+    cell = nbformat.v4.new_markdown_cell(last)
+    cell.id = "workshop-end"
+    notebook.cells = [*map(relinked, kept), cell]
+    notebook.metadata.pop("executed", None)
+    return notebook
+
+
+def relinked(cell):
+    """The cell with links to pages of the course turned into plain words: they are not here."""
+    if cell.cell_type == "markdown":
+        page = r"\[([^\]]+)\]\((?:\.\./)?(?:exercises/|notebooks/)?[\w.]+\.(?:ipynb|md)\)"
+        cell.source = re.sub(page, r"\1", cell.source)
+    return cell
+
+
+def cut_exercises(chapter: str, ids: list[str], solved: bool):
+    """The chapter's exercises of a plan: the learner's copy, or with the solutions."""
+    notebook = nbformat.read(SOLUTIONS / plan.notebook_path(chapter).name, as_version=4)
+    kept, keep = [], True
+    for cell in notebook.cells:
+        heading = re.match(r"## (\d\d\.\d)\b", cell.source) if cell.cell_type == "markdown" else None
+        if heading:
+            keep = heading[1] in ids
+        elif cell.cell_type == "code" and "progress(" in cell.source:
+            keep = True
+        if keep:
+            kept.append(copy.deepcopy(cell))
+    notebook.cells = [relinked(cell) for cell in kept]
+    return notebook if solved else learner_copy(notebook)
+
+
+def execute(chapter: str, form: str) -> float:
+    """Run a short notebook from beginning to end; its processor seconds, the kernel's start
+    included. On a quiet machine a participant waits no longer than that.
+    """
+    import resource
+
+    from nbclient import NotebookClient
+
+    notebook = short_notebook(chapter, form)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "results").symlink_to(plan.NOTEBOOKS / "results")
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        where = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=1500, kernel_name="python3", resources=where).execute()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the forms that are named, and store what was measured."""
+    stored = json.loads(plan.SECONDS.read_text(encoding="utf-8")) if plan.SECONDS.exists() else {}
+    seconds = stored.get("seconds", {})
+    for form in (a for a in arguments if a in SHORT):
+        of_form = seconds.setdefault(form, {})
+        for chapter in plan.chapters_of(form):
+            of_form[chapter] = round(execute(chapter, form))
+            print(f"{form} {chapter}: {of_form[chapter]} s", flush=True)
+            command = "python -m dpo_mini.course.workshop.short --run 1h 3h"
+            text = json.dumps({"command": command, "seconds": seconds}, indent=1)
+            plan.SECONDS.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
