@@ -135,7 +135,7 @@ def running_minutes(chapter: str, form: str) -> float:
     """
     if form == "2d":
         opening = nbformat.read(notebook_path(chapter), as_version=4).cells[0].source
-        said = re.findall(r"(\w+) minutes?\b[^.]*? (?:to run|on two)", opening)
+        said = re.findall(r"(\w+) minutes? (?:to run|on two)", opening)
         return NUMBERS[said[-1]]
     measured = json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"]
     return measured[form][chapter] / 60
