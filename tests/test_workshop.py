@@ -2,16 +2,23 @@
 
 import ast
 import builtins
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from dpo_mini.course import checks
+from dpo_mini.course.checks import engine, sealing
 from dpo_mini.course.exercises import REGION, learner_copy
-from dpo_mini.course.workshop import grading, plan, short
+from dpo_mini.course.workshop import archives, grading, plan, short, slides
 
 ROOT = Path(__file__).resolve().parents[1]
 by_form = pytest.mark.parametrize("form", plan.PLANS)
@@ -209,3 +216,184 @@ def test_twenty_submissions_are_graded_whatever_they_do(tmp_path):
     assert re.search(r"^right0 +■ +■ +■ +■ +4 of 4$", said, flags=re.M)
     assert seconds < 180, seconds
     print(said, f"\n{seconds:.0f} seconds")
+
+
+# --- slides ---
+
+
+def test_every_slide_shows_what_is_stored():
+    text = slides.SOURCE.read_text(encoding="utf-8")
+    deck = slides.slides(text)
+    assert len(deck) >= 20 and all(slide.notes for slide in deck)
+    for slide in deck:
+        for kind, id in slide.shown:
+            assert slides.shown(kind, id), id
+    whole = [slide.shown[0][1] for slide in deck if len(slide.shown) == 1 and slide.shown[0][0] == "figure"]
+    page = slides.page()
+    for id in (id for id in whole if " " not in id):
+        assert slides.picture(id) in page
+    assert page == slides.page()
+
+
+def test_every_figure_of_the_three_hours_is_on_a_slide():
+    shown = slides.figures_on_slides(slides.SOURCE.read_text(encoding="utf-8"))
+    for chapter in plan.chapters_of("3h"):
+        for cell in nbformat.read(plan.notebook_path(chapter), as_version=4).cells:
+            if plan.on_the_way(cell, "3h") and plan.has_figure(cell):
+                assert cell.id in shown, f"say in workshop/slides.md what to say at {cell.id}"
+
+
+def test_a_slide_of_a_cell_that_is_not_there_is_named():
+    with pytest.raises(KeyError, match="99"):
+        slides.page("# A\n\n## B\nfigure: 03-99\n\nNotes: x")
+    with pytest.raises(KeyError, match="none"):
+        slides.page("# A\n\n## B\nfigure: 03-02\n\nNotes: x")
+
+
+def test_the_deck_asks_for_nothing_from_a_network():
+    page = re.sub(r"data:image/png;base64,[^']+", "", slides.page())
+    assert not re.search(r"(src|href)=['\"]?(https?:)?//", page)
+    assert "@import" not in page and "url(http" not in page
+
+
+def test_a_formula_is_cut_to_what_can_be_drawn():
+    tex = r"\boxed{\;a = \underbrace{\beta}_{\text{scale}} \Big( b \Big)\;}"
+    assert slides.plain_tex(tex).split() == ["a", "=", r"\beta", "(", "b", ")"]
+    with pytest.raises(ValueError, match="not closed"):
+        slides.plain_tex(r"\boxed{a")
+
+
+CHROMIUM = slides.chromium()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("browser")
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+def test_every_slide_fits_on_the_screen_and_on_paper(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    deck, *papers = slides.build(tmp_path)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        asked = []
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(deck.as_uri())
+        page.wait_for_function("() => window.Reveal?.isReady()")
+        count = page.evaluate("Reveal.getTotalSlides()")
+        for i in range(count):
+            page.evaluate(f"Reveal.slide({i})")
+            size = "(s => [s.scrollWidth, s.scrollHeight])(Reveal.getCurrentSlide())"
+            width, height = page.evaluate(size)
+            assert width <= 1280 and height <= 720, (i, width, height)
+        browser.close()
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+    pages = [paper.read_bytes().count(b"/Type /Page\n") for paper in papers]
+    assert pages[0] == count and pages[1] > count, (pages, count)
+
+
+# --- archives ---
+
+
+@pytest.fixture(scope="module")
+def handed_out():
+    return archives.participants("3h")
+
+
+def test_the_participants_archive_holds_no_answer(handed_out):
+    """By text: no solution's lines, in no file."""
+    texts = {}
+    for name, content in handed_out.items():
+        if name.endswith((".ipynb", ".py", ".md", ".json")) and "embedded" not in name:
+            text = content.decode()
+            if name.endswith(".ipynb"):
+                cells = nbformat.reads(text, as_version=4).cells
+                text = "\n".join(cell.source for cell in cells)
+            texts[name] = squeezed(text)
+    assert not [n for n in texts if n.startswith(("solutions/", "tests/", "workshop/"))]
+    for chapter, ids in plan.exercises_of("3h").items():
+        notebook = short.cut_exercises(chapter, ids, solved=True)
+        regions = [m for cell in notebook.cells for m in REGION.finditer(cell.source)]
+        assert len(regions) >= len(ids)
+        for region in regions:
+            answer = squeezed("\n".join(region[0].splitlines()[1:-1]))
+            assert not [name for name, text in texts.items() if answer in text], answer
+    assert not [name for name, text in texts.items() if squeezed("### BEGIN SOLUTION\n") in text
+                and name.startswith(("exercises", "notebooks"))]  # fmt: skip
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def test_packed_checks_judge_as_the_readable_ones_do(tmp_path):
+    path = ROOT / "dpo_mini" / "course" / "checks" / "ch03.py"
+    packed = tmp_path / "ch03.py"
+    packed.write_text(sealing.sealed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert "logsigmoid" in path.read_text("utf-8") and "logsigmoid" not in packed.read_text("utf-8")
+    spec = importlib.util.spec_from_file_location("packed_ch03", packed)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["packed_ch03"] = module
+    spec.loader.exec_module(module)
+    for mine, other in zip(module.EXERCISES, checks.exercises("03")):
+        assert [w.name for w in mine.listed] == [w.name for w in other.listed]
+        for m, o in zip(mine.listed, other.listed):
+            assert engine.examine(mine, m.answer, 3) == engine.examine(other, o.answer, 3), m.name
+        assert engine.examine(mine, mine.truth, 3).solved
+
+
+def test_the_same_sources_give_the_same_archive(handed_out, tmp_path):
+    archives.write(handed_out, tmp_path / "one.zip")
+    archives.write(dict(reversed(archives.participants("3h").items())), tmp_path / "other.zip")
+    one, other = ((tmp_path / name).read_bytes() for name in ("one.zip", "other.zip"))
+    assert one == other
+    assert len(one) < 40e6
+
+
+@pytest.mark.slow
+def test_every_check_is_red_for_participants_and_green_for_the_teacher(handed_out, tmp_path):
+    """Each archive is unpacked and judged by the checks that are in it."""
+    wanted = {"participants": grading.EMPTY, "teacher": grading.SOLVED}
+    files = {"participants": handed_out, "teacher": archives.teacher("3h", [])}
+    ids = {id for ids in plan.exercises_of("3h").values() for id in ids}
+    for name, state in wanted.items():
+        archive, place = tmp_path / f"{name}.zip", tmp_path / name
+        archives.write(files[name], archive)
+        zipfile.ZipFile(archive).extractall(place)
+        top = place / archives.TOP
+        folder = "exercises" if name == "participants" else "solutions"
+        command = [sys.executable, "-m", "dpo_mini.course.workshop.grading", folder]
+        said = subprocess.run(
+            command, cwd=top, env={**os.environ, "PYTHONPATH": str(top)},
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        rows = [line for line in said.splitlines() if re.match(r"\d\d_", line)]
+        marks = [mark for row in rows for mark in re.findall(r"  +([■x·!])", row)]
+        assert marks == [grading.MARKS[state]] * len(ids), said
+
+
+# --- where there is nothing installed ---
+
+
+def test_the_container_and_binder_take_the_lock():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    (target,) = re.findall(r"^make (\S+)$", container["postCreateCommand"])
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"$(VENV)/{target.removeprefix('.venv/')}:" in makefile
+    assert "--constraint requirements.lock" in makefile
+    script = (ROOT / "binder" / "postBuild").read_text()
+    assert "--constraint requirements.lock --editable '.[lab]'" in script
+    python = (ROOT / "binder" / "runtime.txt").read_text().strip().removeprefix("python-")
+    docker = (ROOT / ".devcontainer" / "Dockerfile").read_text()
+    assert f"FROM python:{python}-slim" in docker
+    subprocess.run(["bash", "-n", ROOT / "binder" / "postBuild"], check=True)
+
+
+def test_the_guide_names_what_there_is():
+    text = plan.GUIDE.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (plan.GUIDE.parent / path).exists(), path
+    ids = {c.id for p in plan.NOTEBOOKS.glob("*.ipynb") for c in nbformat.read(p, as_version=4).cells}
+    named = re.findall(r"`(\d\d-\w+)`", text)
+    assert len(named) >= 8 and set(named) <= ids
+    for module in re.findall(r"python -m (dpo_mini[\w.]+)", text):
+        assert importlib.util.find_spec(module), module

@@ -35,7 +35,7 @@ def short_notebook(chapter: str, form: str):
     left = plan.skipped(chapter, form)
     gone = f" Left out: {'; '.join(left)}." if left else ""
     ids = plan.exercises_of(form).get(chapter, [])
-    practise = f"[Exercises](../exercises/{path.name}): {', '.join(ids)}. " if ids else ""
+    practise = f"Exercises: {', '.join(ids)}, in `exercises/{path.name}`. " if ids else ""
     last = f"---\n{practise}The whole chapter is `notebooks/{path.name}` of the course.{gone}"
     cell = nbformat.v4.new_markdown_cell(last)
     cell.id = "workshop-end"
@@ -44,11 +44,15 @@ def short_notebook(chapter: str, form: str):
     return notebook
 
 
+def without_page_links(text: str) -> str:
+    """Links to notebooks and to the contents as plain words: those pages do not travel along."""
+    page = r"\[([^\]]+)\]\((?:\.\./)?(?:exercises/|notebooks/)?(?:\w+\.ipynb|README\.md)\)"
+    return re.sub(page, r"\1", text)
+
+
 def relinked(cell):
-    """The cell with links to pages of the course turned into plain words: they are not here."""
     if cell.cell_type == "markdown":
-        page = r"\[([^\]]+)\]\((?:\.\./)?(?:exercises/|notebooks/)?[\w.]+\.(?:ipynb|md)\)"
-        cell.source = re.sub(page, r"\1", cell.source)
+        cell.source = without_page_links(cell.source)
     return cell
 
 

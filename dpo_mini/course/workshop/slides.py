@@ -3,7 +3,8 @@
     python -m dpo_mini.course.workshop.slides FOLDER    # slides.html, and PDF where Chromium is
 
 workshop/slides.md has the text of each slide and what to say. A line "figure: 03-06" shows the
-figure of the cell with that id, "output:" its text, "formula:" the first displayed formula of a
+figure of the cell with that id, "figure: 02-11 2x2:4" the fourth panel of its two rows of two,
+so that the last row can read it; "output:" its text, "formula:" the first displayed formula of a
 text cell. The page is one file and needs no network. The key S opens the speaker's notes.
 """
 
@@ -57,11 +58,37 @@ def cell(id: str):
 
 
 def picture(id: str) -> str:
-    """The PNG of a cell, in base64: its stored figure."""
+    """The PNG of a cell, in base64: its stored figure, or the panel of it that is asked for."""
+    id, _, panel = id.partition(" ")
     for output in cell(id).get("outputs", []):
         if "image/png" in output.get("data", {}):
-            return output["data"]["image/png"].replace("\n", "")
+            stored = output["data"]["image/png"].replace("\n", "")
+            return cropped(stored, panel) if panel else stored
     raise KeyError(f"slides.md asks for a figure of the cell {id}, which has none")
+
+
+def cropped(stored: str, panel: str) -> str:
+    """Panel k of rows x columns, "2x2:4", counted as one reads."""
+    from PIL import Image
+
+    rows, columns, k = (int(n) for n in re.fullmatch(r"(\d)x(\d):(\d)", panel).groups())
+    whole = Image.open(io.BytesIO(base64.b64decode(stored))).convert("RGB")
+    row, column = divmod(k - 1, columns)
+    left, right = (blank(whole, (column + i) / columns, upright=True) for i in (0, 1))
+    top, bottom = (blank(whole, (row + i) / rows, upright=False) for i in (0, 1))
+    part = io.BytesIO()
+    whole.crop((left, top, right, bottom)).save(part, "PNG")
+    return base64.b64encode(part.getvalue()).decode()
+
+
+def blank(whole, share: float, upright: bool) -> int:
+    """The line without ink that is nearest to a share of the width or height: panels end there."""
+    import numpy as np
+
+    dark = (np.asarray(whole.convert("L")) < 200).any(axis=0 if upright else 1)
+    nominal, length = round(share * len(dark)), len(dark)
+    near = [i for i in range(length) if not dark[i] and abs(i - nominal) < 0.09 * length]
+    return nominal if share in (0, 1) or not near else min(near, key=lambda i: abs(i - nominal))
 
 
 def printed(id: str) -> str:
@@ -101,21 +128,20 @@ def plain_tex(tex: str) -> str:
                 _, end = argument(tex, end + 1)
             tex = tex[:at] + inner + tex[end:]
     tex = re.sub(r"\\text\b", r"\\mathrm", tex)
-    return re.sub(r"\\(?:Big|big|!|;)(?![a-z])", " ", tex)
+    return re.sub(r"\\(?:Big|big)(?![a-z])|\\[!;]", " ", tex)
 
 
 def drawn(tex: str) -> str:
     """A formula as SVG, drawn without a network; long ones break at a \\qquad or \\quad."""
-    from matplotlib import mathtext  # noqa: F401  (fails here where matplotlib is missing)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     parts = [p.strip(" ,") for p in re.split(r"\\qquad|\\\\", plain_tex(tex)) if p.strip(" ,")]
     with rc_context({"mathtext.fontset": "cm", "svg.fonttype": "path", "svg.hashsalt": "slides"}):
-        figure = Figure(figsize=(12, 1.3 * len(parts)))
+        figure = Figure(figsize=(12, 1.6 * len(parts)))
         for i, part in enumerate(parts):
             y = 1 - (i + 0.5) / len(parts)
-            figure.text(0.5, y, f"${part}$", size=30, ha="center", va="center")
+            figure.text(0.5, y, f"${part}$", size=42, ha="center", va="center")
         whole = io.StringIO()
         figure.savefig(whole, format="svg", bbox_inches="tight", metadata={"Date": None})
     return whole.getvalue()[whole.getvalue().index("<svg") :]
@@ -125,7 +151,10 @@ def shown(kind: str, id: str) -> str:
     if kind == "figure":
         return f"<img alt='figure of {id}' src='data:image/png;base64,{picture(id)}'>"
     if kind == "output":
-        return f"<pre>{html.escape(printed(id))}</pre>"
+        rows = printed(id).splitlines()
+        size = min(36, 1900 / max(map(len, rows)), 400 / len(rows))  # pixels, as large as fits
+        text = html.escape("\n".join(rows))
+        return f"<pre style='font-size:{size:.0f}px'>{text}</pre>"
     return f"<div class='formula'>{drawn(formula(id))}</div>"
 
 
@@ -135,9 +164,11 @@ def section(slide: Slide) -> str:
     texts = [f"<p>{html.escape(x)}</p>" for x in slide.lines if not x.startswith("- ")]
     where = ", ".join(f"{kind} of cell {id}" for kind, id in slide.shown)
     notes = html.escape(slide.notes) + (f"<br><i>{where}</i>" if where else "")
+    pictures = sum(kind == "figure" for kind, _ in slide.shown)
+    side = " class='side'" if pictures > 1 else ""
     parts = [f"<h2>{html.escape(slide.title)}</h2>", *(shown(*pair) for pair in slide.shown)]
     parts += [*texts, f"<ul>{said}</ul>" if said else "", f"<aside class='notes'>{notes}</aside>"]
-    return f"<section>{''.join(parts)}</section>"
+    return f"<section{side}>{''.join(parts)}</section>"
 
 
 STYLE = """
@@ -146,9 +177,10 @@ body { background: #fff; }
 .reveal h2 { font-size: 52px; margin: 0 0 28px 0; color: #00427a; }
 .reveal section { text-align: center; }
 .reveal img { max-width: 1180px; width: auto; height: 560px; object-fit: contain; }
+.reveal .side img { width: 600px; height: 520px; margin: 0 6px; }
 .reveal .formula svg { max-width: 1200px; max-height: 400px; width: auto; height: auto; }
 .reveal ul { display: inline-block; text-align: left; line-height: 1.6; margin-top: 20px; }
-.reveal pre { font: 23px/1.4 "DejaVu Sans Mono", Consolas, monospace; text-align: left;
+.reveal pre { font: 24px/1.4 "DejaVu Sans Mono", Consolas, monospace; text-align: left;
   display: inline-block; background: #f3f3f0; padding: 20px; margin: 0; }
 .reveal .slide-number { font-size: 22px; }
 """
@@ -163,7 +195,7 @@ def page(text: str | None = None) -> str:
                for s in scripts]  # fmt: skip
     start = (
         "const asked = new URLSearchParams(location.search);"
-        "Reveal.initialize({width: 1280, height: 720, margin: 0.02, hash: true, slideNumber: 'c/t',"
+        "Reveal.initialize({width: 1280, height: 720, margin: 0.02, hash: true, slideNumber: 'c/t', controls: false,"
         " transition: 'none', center: true, plugins: [RevealNotes],"
         " showNotes: asked.get('notes') ? 'separate-page' : false, pdfSeparateFragments: false});"
     )
@@ -197,15 +229,8 @@ def pdf(html_file: Path, target: Path, notes: bool = False) -> None:
 
 
 def figures_on_slides(text: str) -> set[str]:
-    return {id for slide in slides(text) for kind, id in slide.shown if kind == "figure"}
-
-
-def sizes(page_text: str) -> list[tuple[int, int]]:
-    """Width and height in pixels of each figure of the deck."""
-    from PIL import Image
-
-    found = re.findall(r"data:image/png;base64,([^']+)'", page_text)
-    return [Image.open(io.BytesIO(base64.b64decode(data))).size for data in found]
+    pairs = [pair for slide in slides(text) for pair in slide.shown]
+    return {id.split()[0] for kind, id in pairs if kind == "figure"}
 
 
 def build(folder: Path) -> list[Path]:
