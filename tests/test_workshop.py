@@ -2,10 +2,12 @@
 
 import ast
 import builtins
+import csv
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import pytest
 from dpo_mini.course import checks
 from dpo_mini.course.checks import engine, sealing
 from dpo_mini.course.exercises import REGION, learner_copy
-from dpo_mini.course.workshop import archives, grading, plan, short, slides
+from dpo_mini.course.workshop import archives, grading, nbgrader_course, plan, short, slides
 
 ROOT = Path(__file__).resolve().parents[1]
 by_form = pytest.mark.parametrize("form", plan.PLANS)
@@ -79,6 +81,12 @@ def test_a_short_notebook_defines_what_it_uses_and_gives_no_answer_away(form, ch
             if "answer" in cell.metadata.get("tags", []):
                 assert cell.outputs == []
     assert notebook.cells[0].source.startswith(f"# {chapter}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, chapter", SHORT)
+def test_a_short_notebook_runs(form, chapter):
+    short.execute(chapter, form)
 
 
 def bound_names(tree) -> set[str]:
@@ -397,3 +405,62 @@ def test_the_guide_names_what_there_is():
     assert len(named) >= 8 and set(named) <= ids
     for module in re.findall(r"python -m (dpo_mini[\w.]+)", text):
         assert importlib.util.find_spec(module), module
+
+
+# --- nbgrader ---
+
+
+def python_with_nbgrader() -> str | None:
+    """A Python that has nbgrader and the course: DPO_MINI_NBGRADER, or .venv-nbgrader."""
+    own = ROOT / ".venv-nbgrader" / "bin" / "python"
+    python = os.environ.get("DPO_MINI_NBGRADER") or (str(own) if own.exists() else None)
+    if python:
+        asked = [python, "-c", "import nbgrader, torch, dpo_mini"]
+        python = python if subprocess.run(asked, capture_output=True).returncode == 0 else None
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not python_with_nbgrader(),
+    reason="nbgrader has an environment of its own: set DPO_MINI_NBGRADER to its python",
+)
+def test_nbgrader_takes_every_chapter_from_release_to_grades(tmp_path):
+    """Generated, released, fetched, handed in, collected, graded: all points, and none."""
+    python, course, home = python_with_nbgrader(), tmp_path / "course", tmp_path / "home"
+    exchange = tmp_path / "exchange"
+    for folder in (course, home, exchange):
+        folder.mkdir()
+    exchange.chmod(0o777)
+    wanted = os.environ.get("DPO_MINI_NBGRADER_CHAPTERS", "").split()
+    names = nbgrader_course.prepare(course, wanted)
+    path = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "HOME": str(home)}
+
+    def nbgrader(*arguments):
+        done = subprocess.run(
+            [python, "-m", "nbgrader", *arguments, f"--Exchange.root={exchange}"],
+            cwd=course, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, (arguments, done.stderr[-3000:])
+
+    for name in names:
+        nbgrader("generate_assignment", "--assignment", name, "--create")
+        released = nbformat.read(course / "release" / name / f"{name}.ipynb", as_version=4)
+        ours = nbformat.read(ROOT / "exercises" / f"{name}.ipynb", as_version=4)
+        pairs = list(zip(released.cells, ours.cells))
+        assert [r.source for r, _ in pairs] == [o.source for _, o in pairs]
+        nbgrader("release_assignment", name)
+        for student, folder in (("right", "solutions"), ("empty", "exercises")):
+            place = course / "submitted" / student / name
+            place.mkdir(parents=True)
+            shutil.copy(ROOT / folder / f"{name}.ipynb", place)
+        nbgrader("autograde", "--assignment", name, "--create")
+    nbgrader("export")
+    with (course / "grades.csv").open() as file:
+        rows = {(r["assignment"], r["student_id"]): r for r in csv.DictReader(file)}
+    for name in names:
+        most = sum(e.difficulty for e in checks.exercises(name[:2]))
+        right, empty = rows[name, "right"], rows[name, "empty"]
+        assert float(right["score"]) == float(right["max_score"]) == most, right
+        assert float(empty["score"]) == 0, empty

@@ -7,7 +7,6 @@ writes the tables of workshop/GUIDE.md. A cell of a notebook is on the way of a 
 With "workshop-run" too, it is run and not read. The two-day plan takes whole chapters.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from dpo_mini.course import checks
 
 ROOT = Path(__file__).resolve().parents[3]
 NOTEBOOKS, GUIDE = ROOT / "notebooks", ROOT / "workshop" / "GUIDE.md"
-SECONDS = ROOT / "workshop" / "seconds.json"
 RUN = "workshop-run"
 TAGS = {"1h": ("workshop-1h",), "3h": ("workshop-1h", "workshop-3h"), "2d": None}
 
@@ -129,16 +127,13 @@ def chapter_minutes(chapter: str, form: str) -> float:
     return sum(minutes_of(cell, form) for cell in cells if on_the_way(cell, form))
 
 
-def running_minutes(chapter: str, form: str) -> float:
-    """Minutes that the chapter's cells run: as `workshop.short --run` measured them, and of a whole
-    chapter the most that its first cell says.
+def running_minutes(chapter: str) -> int:
+    """Minutes that the whole chapter runs on two quiet cores, the most that its first cell says. A
+    short form runs some of its cells, so no longer.
     """
-    if form == "2d":
-        opening = nbformat.read(notebook_path(chapter), as_version=4).cells[0].source
-        said = re.findall(r"(\w+) minutes? (?:to run|on two)", opening)
-        return NUMBERS[said[-1]]
-    measured = json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"]
-    return measured[form][chapter] / 60
+    opening = nbformat.read(notebook_path(chapter), as_version=4).cells[0].source
+    said = re.findall(r"(\w+) minutes? (?:to run|on two)", opening)
+    return NUMBERS[said[-1]]
 
 
 def exercise_minutes(part: Part) -> int:
@@ -147,7 +142,7 @@ def exercise_minutes(part: Part) -> int:
 
 def asked(part: Part, form: str) -> float:
     """Minutes that a part asks of a participant: reading, running, exercises."""
-    chapters = sum(chapter_minutes(c, form) + running_minutes(c, form) for c in part.chapters)
+    chapters = sum(chapter_minutes(c, form) + running_minutes(c) for c in part.chapters)
     return chapters + exercise_minutes(part)
 
 

@@ -1,14 +1,11 @@
 """The workshop's notebooks: the full chapters' cells on the way of a plan, nothing written twice.
 
-    python -m dpo_mini.course.workshop.short --run 1h 3h    # execute them, store their seconds
-
 Exercises come from solutions/, cut to those of the plan.
 """
 
 import copy
-import json
 import re
-import sys
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -72,37 +69,12 @@ def cut_exercises(chapter: str, ids: list[str], solved: bool):
     return notebook if solved else learner_copy(notebook)
 
 
-def execute(chapter: str, form: str) -> float:
-    """Run a short notebook from beginning to end; its processor seconds, the kernel's start
-    included. On a quiet machine a participant waits no longer than that.
-    """
-    import resource
-
+def execute(chapter: str, form: str) -> None:
+    """Run a short notebook from beginning to end; an error in a cell is an error."""
     from nbclient import NotebookClient
 
     notebook = short_notebook(chapter, form)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "results").symlink_to(plan.NOTEBOOKS / "results")
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        shutil.copytree(plan.NOTEBOOKS / "results", Path(folder) / "results")
         where = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=1500, kernel_name="python3", resources=where).execute()
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def main(arguments: list[str]) -> None:
-    """Measure the forms that are named, and store what was measured."""
-    stored = json.loads(plan.SECONDS.read_text(encoding="utf-8")) if plan.SECONDS.exists() else {}
-    seconds = stored.get("seconds", {})
-    for form in (a for a in arguments if a in SHORT):
-        of_form = seconds.setdefault(form, {})
-        for chapter in plan.chapters_of(form):
-            of_form[chapter] = round(execute(chapter, form))
-            print(f"{form} {chapter}: {of_form[chapter]} s", flush=True)
-            command = "python -m dpo_mini.course.workshop.short --run 1h 3h"
-            text = json.dumps({"command": command, "seconds": seconds}, indent=1)
-            plan.SECONDS.write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
