@@ -20,12 +20,9 @@ os.environ["DPO_MINI_CHECKS"] = "strict"  # an unsolved check raises, and costs 
 os.environ["DPO_MINI_PROGRESS"] = os.devnull
 c = get_config()  # noqa: F821
 c.CourseDirectory.course_id = "dpo_mini"
-c.ClearSolutions.begin_solution_delimeter = "BEGIN SOLUTION"
 c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\\nraise NotImplementedError()"}
 c.Execute.timeout = 60  # seconds a cell
-c.Execute.error_on_timeout = None
-c.ExecutePreprocessor.timeout = 60
-c.ExecutePreprocessor.interrupt_on_timeout = True
+c.Execute.interrupt_on_timeout = True
 '''
 
 
