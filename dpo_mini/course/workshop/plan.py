@@ -192,10 +192,12 @@ def page() -> str:
     """The guide with its tables as they should be."""
     text = GUIDE.read_text(encoding="utf-8")
     for form in PLANS:
-        begin, end = f"<!-- plan {form} -->\n", f"\n<!-- end {form} -->"
+        begin, end = f"<!-- plan {form} -->\n", f"<!-- end {form} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"workshop/GUIDE.md needs the lines {begin.strip()} and {end}, once each")
         before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = before + begin + table(form) + end + after
+        after = rest.partition(end)[2]
+        text = before + begin + table(form) + "\n" + end + after
     return text
 
 
