@@ -209,7 +209,7 @@ def test_twenty_submissions_are_graded_whatever_they_do(tmp_path):
     for k in range(3):
         assert states[f"right{k}"] == ["solved"] * 4
         assert states[f"wrong{k}"] == ["solved", "solved", "not yet", "empty"]
-        assert results[f"wrong{k}"]["03.3"].mistakes == ["no reference"]
+        assert results[f"wrong{k}"]["03.3"].mistakes == ["the reference is left out"]
     assert states["empty0"] == states["empty1"] == ["empty"] * 4
     assert states["broken"] == ["solved", "solved", "not yet", "solved"]
     for name in bad:
@@ -219,7 +219,7 @@ def test_twenty_submissions_are_graded_whatever_they_do(tmp_path):
     assert "memory" in results["hogs"]["03.2"].message
     assert "longer than 10" in results["loop"]["03.2"].message
     said = grading.table(results)
-    assert re.search(r"^ +3  03\.3 no reference$", said, flags=re.M)
+    assert re.search(r"^ +3  03\.3 the reference is left out$", said, flags=re.M)
     assert "4 of 18  03.3" in said and "11 of 18  03.2" in said
     assert re.search(r"^right0 +■ +■ +■ +■ +4 of 4$", said, flags=re.M)
     assert seconds < 180, seconds

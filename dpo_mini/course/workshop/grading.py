@@ -169,6 +169,8 @@ def attempt(step: Step, namespace: dict, limits: Limits) -> Result | None:
             for code in step.code:
                 try:
                     exec(compile(code, f"<{step.label}>", "exec"), namespace)
+                except MemoryError:
+                    raise
                 except Exception as error:
                     trouble = f"{type(error).__name__}: {error}"[:300]
             return judged(step.check, namespace, trouble) if step.check else None
