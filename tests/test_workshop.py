@@ -137,7 +137,13 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
 LOOP, SLEEP = "while True:\n    pass\n", "import time\ntime.sleep(10_000)\n"
 TELLS = "print('x' * 10**9)\n"
 TALKS = "while True:\n    print('a line of text, again and again, ' * 100)\n"
-SWALLOWS = "while True:\n    try:\n        print('x' * 10**6)\n    except BaseException:\n        pass\n"
+SWALLOWS = """
+while True:
+    try:
+        print('x' * 10**6)
+    except BaseException:
+        pass
+"""
 HOGS = "kept = []\nwhile True:\n    kept.append(bytearray(2**28))\n"
 LEAVES, DIES, KILLS = "import sys\nsys.exit()\n", "import os\nos._exit(0)\n", (
     "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
@@ -236,9 +242,9 @@ def test_every_slide_shows_what_is_stored():
     for slide in deck:
         for kind, id in slide.shown:
             assert slides.shown(kind, id), id
-    whole = [slide.shown[0][1] for slide in deck if len(slide.shown) == 1 and slide.shown[0][0] == "figure"]
+    figures = [id for slide in deck for kind, id in slide.shown if kind == "figure"]
     page = slides.page()
-    for id in (id for id in whole if " " not in id):
+    for id in figures:
         assert slides.picture(id) in page
     assert page == slides.page()
 
@@ -296,7 +302,7 @@ def test_every_slide_fits_on_the_screen_and_on_paper(tmp_path):
         browser.close()
     assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
     pages = [paper.read_bytes().count(b"/Type /Page\n") for paper in papers]
-    assert pages[0] == count and pages[1] > count, (pages, count)
+    assert pages == [count, 2 * count]
 
 
 # --- archives ---
@@ -400,7 +406,8 @@ def test_the_guide_names_what_there_is():
     text = plan.GUIDE.read_text(encoding="utf-8")
     for path in re.findall(r"\]\(([\w./]+)\)", text):
         assert (plan.GUIDE.parent / path).exists(), path
-    ids = {c.id for p in plan.NOTEBOOKS.glob("*.ipynb") for c in nbformat.read(p, as_version=4).cells}
+    books = [nbformat.read(p, as_version=4) for p in plan.NOTEBOOKS.glob("*.ipynb")]
+    ids = {cell.id for book in books for cell in book.cells}
     named = re.findall(r"`(\d\d-\w+)`", text)
     assert len(named) >= 8 and set(named) <= ids
     for module in re.findall(r"python -m (dpo_mini[\w.]+)", text):

@@ -194,10 +194,9 @@ def page(text: str | None = None) -> str:
     scripts = [re.sub(r"//# sourceMappingURL=\S+", "", s).replace("</script", "<\\/script")
                for s in scripts]  # fmt: skip
     start = (
-        "const asked = new URLSearchParams(location.search);"
         "Reveal.initialize({width: 1280, height: 720, margin: 0.02, hash: true, slideNumber: 'c/t', controls: false,"
         " transition: 'none', center: true, plugins: [RevealNotes],"
-        " showNotes: asked.get('notes') ? 'separate-page' : false, pdfSeparateFragments: false});"
+        " pdfSeparateFragments: false});"
     )
     sections = "\n".join(map(section, deck))
     licence = (REVEAL / "LICENSE").read_text("utf-8")
@@ -214,14 +213,41 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def pdf(html_file: Path, target: Path, notes: bool = False) -> None:
-    """Print the deck by Chromium, a page a slide, with the notes behind each where asked."""
-    with tempfile.TemporaryDirectory() as profile:
+PAPER = """
+@page { size: 1280px 720px; margin: 0; }
+body { margin: 0; }
+section { width: 1280px; height: 719px; overflow: hidden; break-after: page;
+  box-sizing: border-box; padding: 30px 40px; }
+"""
+
+
+def paper(notes: bool) -> str:
+    """The deck for printing, without scripts: a page a slide, and its notes behind it if asked."""
+    deck = slides(SOURCE.read_text(encoding="utf-8"))
+    bodies = []
+    for slide in deck:
+        said = section(slide)
+        front, _, behind = said.partition("<aside class='notes'>")
+        bodies.append(front + "</section>")
+        if notes:
+            bodies.append("<section class='said'>" + behind.replace("</aside>", ""))
+    style = STYLE + PAPER + ".said { font-size: 34px; padding: 60px 90px !important; }"
+    style += ".reveal section.said { text-align: left; }"
+    return (
+        f"<!doctype html><meta charset='utf-8'><style>{style}</style><body class='reveal'>"
+        + "\n".join(bodies)
+    )
+
+
+def pdf(target: Path, notes: bool = False) -> None:
+    """Print the deck by Chromium."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "paper.html"
+        source.write_text(paper(notes), encoding="utf-8")
         subprocess.run(
             [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
-             f"--user-data-dir={profile}", "--virtual-time-budget=20000",
-             f"--print-to-pdf={target}",
-             html_file.resolve().as_uri() + "?print-pdf" + "&notes=1" * notes],
+             f"--user-data-dir={folder}/profile", f"--print-to-pdf={target.resolve()}",
+             source.as_uri()],
             check=True, capture_output=True, timeout=180,
         )  # fmt: skip
     data = re.sub(rb"\(D:\d{14}\+00'00'\)", b"(D:20000101000000+00'00')", target.read_bytes())
@@ -241,10 +267,10 @@ def build(folder: Path) -> list[Path]:
     written = [deck]
     if chromium():
         for name, notes in (("slides.pdf", False), ("notes.pdf", True)):
-            pdf(deck, folder / name, notes)
+            pdf(folder / name, notes)
             written.append(folder / name)
     else:
-        print("No Chromium here, so no PDF: print slides.html?print-pdf in a browser.")
+        print("No Chromium here, so no PDF: print slides.html?print-pdf by a browser.")
     return written
 
 
