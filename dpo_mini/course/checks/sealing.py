@@ -10,7 +10,7 @@ import textwrap
 import zlib
 from types import CodeType
 
-HEAD = '''"""The checks of a chapter of the course, packed, so that nobody meets an answer by accident."""
+HEAD = '''"""A chapter's checks, packed, so that nobody meets an answer by accident."""
 
 from dpo_mini.course.checks.sealing import unsealed
 

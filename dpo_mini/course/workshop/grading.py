@@ -342,7 +342,7 @@ def table(results: dict[str, dict[str, Result]]) -> str:
         met.update((id, mistake) for id, row in rows.items() for mistake in row.mistakes)
     lines += ["", "mistakes met most (people)"]
     lines += [f"{n:4d}  {id} {name}" for (id, name), n in met.most_common(15)] or ["   none"]
-    lines += ["", "where people are stuck (of those who wrote something, how many have not solved it)"]
+    lines += ["", "where people are stuck (of those who wrote, how many have not solved it)"]
     stuck = []
     for id in ids:
         wrote = [rows[id] for rows in results.values() if id in rows and rows[id].state != EMPTY]

@@ -178,7 +178,8 @@ def table(form: str) -> str:
     for part in PLANS[form]:
         books = ", ".join(f"[{c}](../notebooks/{notebook_path(c).name})" for c in part.chapters)
         needs = f"{asked(part, form):.0f}" if part.chapters else ""
-        row = [f"{start}–{start + part.minutes}", part.title, books, ", ".join(part.exercises), needs]
+        slot, tasks = f"{start}–{start + part.minutes}", ", ".join(part.exercises)
+        row = [slot, part.title, books, tasks, needs]
         lines.append("| " + " | ".join(row) + " |")
         start += part.minutes
     if form != "2d":
@@ -194,7 +195,7 @@ def page() -> str:
     for form in PLANS:
         begin, end = f"<!-- plan {form} -->\n", f"<!-- end {form} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"workshop/GUIDE.md needs the lines {begin.strip()} and {end}, once each")
+            raise ValueError(f"workshop/GUIDE.md needs {begin.strip()} and {end} once")
         before, _, rest = text.partition(begin)
         after = rest.partition(end)[2]
         text = before + begin + table(form) + "\n" + end + after

@@ -58,7 +58,8 @@ def cut_exercises(chapter: str, ids: list[str], solved: bool):
     notebook = nbformat.read(SOLUTIONS / plan.notebook_path(chapter).name, as_version=4)
     kept, keep = [], True
     for cell in notebook.cells:
-        heading = re.match(r"## (\d\d\.\d)\b", cell.source) if cell.cell_type == "markdown" else None
+        is_text = cell.cell_type == "markdown"
+        heading = re.match(r"## (\d\d\.\d)\b", cell.source) if is_text else None
         if heading:
             keep = heading[1] in ids
         elif cell.cell_type == "code" and "progress(" in cell.source:

@@ -194,8 +194,8 @@ def page(text: str | None = None) -> str:
     scripts = [re.sub(r"//# sourceMappingURL=\S+", "", s).replace("</script", "<\\/script")
                for s in scripts]  # fmt: skip
     start = (
-        "Reveal.initialize({width: 1280, height: 720, margin: 0.02, hash: true, slideNumber: 'c/t', controls: false,"
-        " transition: 'none', center: true, plugins: [RevealNotes],"
+        "Reveal.initialize({width: 1280, height: 720, margin: 0.02, hash: true, slideNumber: 'c/t',"
+        " controls: false, transition: 'none', center: true, plugins: [RevealNotes],"
         " pdfSeparateFragments: false});"
     )
     sections = "\n".join(map(section, deck))
@@ -270,7 +270,7 @@ def build(folder: Path) -> list[Path]:
             pdf(folder / name, notes)
             written.append(folder / name)
     else:
-        print("No Chromium here, so no PDF: print slides.html?print-pdf by a browser.")
+        print("No Chromium here, so no PDF: print slides.html?print-pdf from a browser.")
     return written
 
 
