@@ -33,7 +33,7 @@ NBVAL := -p no:cacheprovider --dist loadfile --nbval-lax --nbval-current-env \
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
-.PHONY: demo demo-real test test-fast test-lowest notebooks exercises lab lock wheelhouse clean
+.PHONY: demo demo-real test test-fast test-lowest notebooks exercises workshop lab lock wheelhouse clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
 	$(BIN)/dpo-mini demo $(ARGS)
@@ -59,6 +59,10 @@ notebooks: $(VENV)/test.done  ## execute again, and store, the notebooks whose c
 exercises: $(VENV)/test.done  ## write exercises/ and the kill matrix from solutions/
 	$(BIN)/python -m dpo_mini.course.exercises
 	$(BIN)/python -m dpo_mini.course.checks.matrix
+
+FORM ?= 3h
+workshop: $(VENV)/lab.done  ## two archives in dist/workshop; FORM=1h, 3h or 2d
+	$(BIN)/python -m dpo_mini.course.workshop.archives $(FORM)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dpo_mini needs Python 3.10 or newer; set PYTHON=")'

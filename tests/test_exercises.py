@@ -173,30 +173,6 @@ def test_an_unknown_exercise_is_named():
         checks.exercise("03.9")
 
 
-def test_the_workshop_names_its_exercises_and_fits_three_hours():
-    text = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| (\d+)–(\d+) \|.*\| ([\d., ]*)\|$", text, flags=re.M)
-    ends = [(int(start), int(end)) for start, end, _ in table]
-    assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
-    assert ends[-1][1] == 180
-    named = {id for *_, ids in table for id in re.findall(r"\d\d\.\d", ids)}
-    assert named == {e.id for e in EXERCISES if e.workshop}
-    for start, end, ids in table:
-        spent = sum(e.minutes for e in EXERCISES if e.id in ids)
-        assert spent <= 0.75 * (int(end) - int(start)), (start, spent)
-
-
-def test_a_teacher_sees_who_solved_what(tmp_path):
-    from dpo_mini.course.checks import collect
-
-    ann = tmp_path / "ann.json"
-    checks.record("03.3", engine.Verdict(False, "no reference", "not yet"), ann)
-    checks.record("03.3", engine.Verdict(True, None, "solved."), ann)
-    said = collect.summary([ann, tmp_path / "nobody.json"])
-    assert re.search(r"ann +1, 2\.0", said) and re.search(r"nobody +0", said)
-    assert "1  03.3 no reference" in said
-
-
 def judged(id, answer):
     return engine.examine(checks.exercise(id), answer, seed=5)
 

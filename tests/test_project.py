@@ -84,6 +84,7 @@ def test_the_readme_names_its_commands(command):
 
 def test_a_cell_has_only_tags_that_mean_something():
     known = {"nbval-check-output", "parameters", "answer", "hide-output", "navigation"}
+    known |= {"workshop-1h", "workshop-3h", "workshop-run"}
     for path in sorted(ROOT.glob("*/*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             assert set(cell["metadata"].get("tags", [])) <= known, (path.name, cell["source"])

@@ -163,7 +163,7 @@ def completion_logps(logits, ids, mask):
 
 
 LOGP = Exercise(
-    "06.2", "The log-probability of a completion", "implement", difficulty=3, importance=5, minutes=10, workshop=True, float64=True,
+    "06.2", "The log-probability of a completion", "implement", difficulty=3, importance=5, minutes=10, float64=True,
     truth=logp_truth, cases=logp_cases, tolerance=1e-9,
     right=(completion_logps, logp_by_where, logp_by_cross_entropy,),
     wrong=(

@@ -426,7 +426,7 @@ def mistaken(title: str, right: str, said: str) -> Wrong:
 
 
 DIAGNOSIS = Exercise(
-    "09.5", "Eight runs without their answers", "diagnose", difficulty=4, importance=5, minutes=13, workshop=True,
+    "09.5", "Eight runs without their answers", "diagnose", difficulty=4, importance=5, minutes=13,
     truth=diagnosis_truth, cases=lambda generator: [()],
     wrong=tuple(
         mistaken(f"Run {k}", DIAGNOSES[i], said)

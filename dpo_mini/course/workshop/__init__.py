@@ -1,0 +1,1 @@
+"""The workshop's kit: plans, short notebooks, slides, archives, and a class's table."""
