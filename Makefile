@@ -33,7 +33,7 @@ NBVAL := -p no:cacheprovider --dist loadfile --nbval-lax --nbval-current-env \
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
-.PHONY: demo demo-real test test-fast test-lowest notebooks exercises lab lock wheelhouse clean
+.PHONY: demo demo-real test test-fast test-lowest notebooks exercises lab site lock wheelhouse clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
 	$(BIN)/dpo-mini demo $(ARGS)
@@ -60,6 +60,9 @@ exercises: $(VENV)/test.done  ## write exercises/ and the kill matrix from solut
 	$(BIN)/python -m dpo_mini.course.exercises
 	$(BIN)/python -m dpo_mini.course.checks.matrix
 
+site: $(VENV)/site.done  ## the web edition in site/_build/html, from the stored outputs
+	$(BIN)/python site/build.py $(ARGS)
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dpo_mini needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +75,10 @@ $(VENV)/core.done: $(BIN)/python requirements.lock pyproject.toml
 
 $(VENV)/lab.done: $(VENV)/core.done
 	$(INSTALL) '.[lab]'
+	@touch $@
+
+$(VENV)/site.done: $(VENV)/core.done
+	$(INSTALL) '.[site]'
 	@touch $@
 
 $(VENV)/test.done: $(VENV)/core.done
@@ -109,4 +116,4 @@ test-lowest: $(VENV)/test.done  ## the fast tests with the lowest versions that 
 	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) $(TESTS) -m "not slow and not lock" $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) wheelhouse runs build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) wheelhouse runs build dist site/_build *.egg-info

@@ -11,10 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 SITE = Path(__file__).resolve().parent
@@ -28,9 +30,9 @@ EMBEDDED = ROOT / "dpo_mini" / "embedded"
 LIVE = {
     "widgets.bradley_terry": "bradley_terry",
     "widgets.tilting": "tilting",
-    "gradient_weighting": "gradient_weighting",
+    "weighting,": "gradient_weighting",
+    "explore_strength": "every_beta",
 }
-WITHOUT_TITLE = re.compile(r"^(\d\d) · (.*)")
 
 
 def lay_out(source: Path) -> None:
@@ -75,7 +77,7 @@ def for_reading(notebook, folder: str, name: str):
             continue
         cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {said}"}}
         pages = [page for call, page in LIVE.items() if call in cell.source]
-        if "explore(" in cell.source and pages:
+        if re.search(r"explore\w*\(", cell.source) and pages:
             link = f"**Live:** [move this slider in your browser](../live/{pages[0]}.md)."
             shown.append(nbformat.v4.new_markdown_cell(link))
     if folder == "notebooks" and (ROOT / "exercises" / name).exists():
@@ -141,6 +143,13 @@ def mathjax() -> Path:
 def store_models(folder: Path) -> None:
     """What the live pages load: both models in eight bits, tokenizer, reward and margins."""
     folder.mkdir(parents=True)
+    model = (EMBEDDED / "model" / "model.safetensors").read_bytes()
+    with safe_open(EMBEDDED / "policy" / "difference.safetensors", "np") as difference:
+        if (difference.metadata() or {}).get("base_weights") != sha256(model).hexdigest()[:16]:
+            raise SystemExit(
+                "The policy that ships belongs to another embedded model. Make it again: "
+                "python -m dpo_mini.embedded.policy."
+            )
     weights = load_file(EMBEDDED / "model" / "model.safetensors")
     save_file(pack(weights), folder / "reference.safetensors")
     for path in (

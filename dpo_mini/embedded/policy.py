@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dpo_mini.data import preference_pairs, read_rows, write_jsonl
@@ -22,6 +23,7 @@ from dpo_mini.demo import accuracy_of, demo
 from dpo_mini.embedded.card import longest_shared_run
 from dpo_mini.embedded.eight_bits import pack, unpack
 from dpo_mini.evaluation import evaluate
+from dpo_mini.hub import HubError
 from dpo_mini.models import EMBEDDED_FOLDER, context_length, load_model
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
@@ -30,6 +32,7 @@ from dpo_mini.tokens import tokenize_pairs
 
 FOLDER = EMBEDDED_FOLDER / "policy"
 DIFFERENCE, MARGINS = "difference.safetensors", "margins.jsonl"
+BASE = "base_weights"  # in the difference's metadata: which model it is to be added to
 
 CARD = """---
 license: apache-2.0
@@ -90,9 +93,19 @@ Weights: Apache-2.0. No review is part of this repository. Cite the method, Rafa
 
 
 def load_policy(folder=FOLDER):
-    """The policy that ships and its tokenizer, as `load_model` gives the embedded model's."""
+    """The policy that ships and its tokenizer, as `load_model` gives the embedded model's.
+
+    Raises HubError where the difference belongs to other weights than the embedded model's.
+    """
     model, tokenizer = load_model()
-    difference = unpack(load_file(Path(folder) / DIFFERENCE))
+    file = Path(folder) / DIFFERENCE
+    with safe_open(file, "np") as stored:
+        if (stored.metadata() or {}).get(BASE) != base_weights():
+            raise HubError(
+                f"{file} is the difference from another embedded model than the one that is here. "
+                "Make it again: python -m dpo_mini.embedded.policy."
+            )
+    difference = unpack(load_file(file))
     with torch.no_grad():
         for name, weight in weights_of(model).items():
             weight.add_(torch.from_numpy(difference[name]).to(weight.device))
@@ -110,7 +123,7 @@ def store_difference(policy, folder: Path) -> None:
     start, difference = weights_of(reference), {}
     for name, weight in weights_of(policy).items():
         difference[name] = (weight.detach() - start[name].detach()).cpu().numpy()
-    save_file(pack(difference), folder / DIFFERENCE)
+    save_file(pack(difference), folder / DIFFERENCE, metadata={BASE: base_weights()})
 
 
 def store_pairs(pairs: Path, folder: Path) -> None:

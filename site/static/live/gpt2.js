@@ -51,12 +51,14 @@ export function linear(weights, bias, x) {
 
 export function layerNorm(x, weight, bias, epsilon) {
   let mean = 0;
-  for (const value of x) mean += value;
+  for (let i = 0; i < x.length; i++) mean += x[i];
   mean /= x.length;
   let variance = 0;
-  for (const value of x) variance += (value - mean) ** 2;
+  for (let i = 0; i < x.length; i++) variance += (x[i] - mean) ** 2;
   const scale = 1 / Math.sqrt(variance / x.length + epsilon);
-  return x.map((value, i) => (value - mean) * scale * weight[i] + bias[i]);
+  const y = new Float32Array(x.length);
+  for (let i = 0; i < x.length; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+  return y;
 }
 
 // transformers stores GPT-2's linear layers as [in, out].

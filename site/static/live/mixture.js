@@ -6,21 +6,21 @@ import { Reading } from "./gpt2.js";
 
 export function logSoftmax(logits) {
   let highest = -Infinity;
-  for (const value of logits) if (value > highest) highest = value;
+  for (let i = 0; i < logits.length; i++) if (logits[i] > highest) highest = logits[i];
   let total = 0;
-  for (const value of logits) total += Math.exp(value - highest);
+  for (let i = 0; i < logits.length; i++) total += Math.exp(logits[i] - highest);
   const shift = highest + Math.log(total);
-  return Float64Array.from(logits, (value) => value - shift);
+  const logps = new Float64Array(logits.length);
+  for (let i = 0; i < logits.length; i++) logps[i] = logits[i] - shift;
+  return logps;
 }
 
 // The first token whose cumulative probability exceeds u: `sampling.inverse_cdf`.
 export function inverseCdf(logps, u) {
-  let total = 0;
-  for (const value of logps) total += Math.exp(value);
-  let sum = 0;
+  let sum = 0; // they add up to 1
   for (let i = 0; i < logps.length; i++) {
     sum += Math.exp(logps[i]);
-    if (sum > u * total) return i;
+    if (sum > u) return i;
   }
   return logps.length - 1;
 }
@@ -35,7 +35,8 @@ export class Mixture {
   after(ids, strength) {
     const ref = this.reference.logitsAfter(ids);
     const policy = this.policy.logitsAfter(ids);
-    const mixed = Float64Array.from(ref, (value, i) => value + strength * (policy[i] - value));
+    const mixed = new Float64Array(ref.length);
+    for (let i = 0; i < ref.length; i++) mixed[i] = ref[i] + strength * (policy[i] - ref[i]);
     return { mixed: logSoftmax(mixed), reference: logSoftmax(ref) };
   }
 

@@ -35,7 +35,10 @@ export function readSafetensors(buffer) {
   for (const [name, { dtype, shape, data }] of Object.entries(raw)) {
     if (name.endsWith(SCALE)) continue;
     let numbers = data;
-    if (dtype === "F16") numbers = Float32Array.from(data, (bits) => HALF[bits]);
+    if (dtype === "F16") {
+      numbers = new Float32Array(data.length);
+      for (let i = 0; i < data.length; i++) numbers[i] = HALF[data[i]];
+    }
     if (dtype === "I8") numbers = scaled(data, raw[name + SCALE].data);
     tensors[name] = { shape, data: numbers };
   }
