@@ -54,7 +54,8 @@ def lay_out(source: Path) -> None:
             nbformat.write(finished, source / folder / path.name)
     (source / "index.md").write_text(front_page(source), encoding="utf-8")
     for page in source.rglob("*.md"):
-        page.write_text(kept_links(page.read_text(encoding="utf-8"), page, source), encoding="utf-8")
+        text = kept_links(page.read_text(encoding="utf-8"), page, source)
+        page.write_text(text, encoding="utf-8")
     for page in source.rglob("*.ipynb"):
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:

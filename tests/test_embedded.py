@@ -157,7 +157,8 @@ def test_eight_bits_are_off_by_half_a_step_at_most():
         group = matrix.size // scales.size
         step = np.repeat(scales.astype(np.float64), group, axis=-1).reshape(shape)
         # float16 rounds the scale itself by 1/2048, of which 127 steps feel the most.
-        assert (np.abs(eight_bits.restored(whole, scales) - matrix) <= (0.5 + 127 / 2048) * step).all()
+        error = np.abs(eight_bits.restored(whole, scales) - matrix)
+        assert (error <= (0.5 + 127 / 2048) * step).all()
     assert not eight_bits.restored(*eight_bits.quantised(np.zeros((2, 64)))).any()
 
 
@@ -173,7 +174,7 @@ def test_the_policy_that_ships_belongs_to_the_model_that_ships():
     card = (policy.FOLDER / "README.md").read_text(encoding="utf-8")
     assert policy.base_weights() in card
     assert sum(p.stat().st_size for p in policy.FOLDER.iterdir()) <= 11 * 2**20
-    words = "embedded.policy", "beta", "95% interval", "longest run", "arXiv 2305.18290", "apache-2.0"
+    words = ("embedded.policy", "beta", "95% interval", "longest run", "2305.18290", "apache-2.0")
     for word in words:
         assert word in card, f"the policy's card does not mention {word!r}"
     pairs = read_rows(policy.FOLDER / "pairs.jsonl.gz")

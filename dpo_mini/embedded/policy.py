@@ -52,7 +52,7 @@ The policy of dpo_mini's demo, as the difference of its weights from the embedde
   trained. torch {torch}.
 - **Data**: `pairs.jsonl.gz`, {pairs:,} pairs of {prompts:,} prompts. Of each prompt the embedded
   model wrote {samples} completions of {max_new_tokens} tokens at temperature 1. Of two completions
-  the chosen one is the one that the embedded sentiment reward scores higher. No person labelled any.
+  the embedded sentiment reward chose the one that it scores higher. No person labelled any.
 - **Training**: DPO, beta {beta}, {steps} steps of {batch_size} pairs, AdamW at a learning rate of
   {learning_rate:g}, seed {seed}.
 
@@ -133,8 +133,8 @@ def store_pairs(pairs: Path, folder: Path) -> None:
 
 
 def store_margins(pairs, folder: Path, shown: int = 60) -> None:
-    """What the web edition shows of the gradient's weights: held-out pairs, one of each prompt, with
-    their texts and the margin in nats that the stored policy gives them.
+    """What the web edition shows of the gradient's weights: held-out pairs, one of each prompt,
+    with their texts and the margin in nats that the stored policy gives them.
     """
     (policy, tokenizer), (reference, _) = load_policy(folder), load_model()
     pairs = list({pair.prompt: pair for pair in pairs}.values())[:shown]
@@ -149,7 +149,7 @@ def store_margins(pairs, folder: Path, shown: int = 60) -> None:
 
 
 def base_weights() -> str:
-    """A hash of the embedded model's weights: to them, and to no others, the difference is added."""
+    """A hash of the embedded model's weights: the difference is added to these, and to no others."""
     weights = (EMBEDDED_FOLDER / "model" / "model.safetensors").read_bytes()
     return hashlib.sha256(weights).hexdigest()[:16]
 
@@ -166,8 +166,8 @@ def remembered(model, tokenizer, dataset, samples: int = 1000) -> str:
     drawn = sample_completions(model, tokenizer, [""] * samples, 1, 60, seed=11)
     shared = longest_shared_run([completion.text for (completion,) in drawn], texts)
     return (
-        f"the longest run of words that {samples:,} samples share with\n  a review that the embedded "
-        f'model was trained on is {len(shared.split())} words:\n  "{shared}"'
+        f"the longest run of words that {samples:,} samples share with\n  a review that the "
+        f'embedded model was trained on is {len(shared.split())} words:\n  "{shared}"'
     )
 
 
