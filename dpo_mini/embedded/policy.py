@@ -149,7 +149,7 @@ def store_margins(pairs, folder: Path, shown: int = 60) -> None:
 
 
 def base_weights() -> str:
-    """A hash of the embedded model's weights: the difference is added to these, and to no others."""
+    """A hash of the embedded model's weights, to which, and to no others, it is to be added."""
     weights = (EMBEDDED_FOLDER / "model" / "model.safetensors").read_bytes()
     return hashlib.sha256(weights).hexdigest()[:16]
 
