@@ -24,8 +24,8 @@ export function readSafetensors(buffer) {
   const length = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
   const raw = {};
+  delete header.__metadata__;
   for (const [name, { dtype, shape, data_offsets: [start, end] }] of Object.entries(header)) {
-    if (name === "__metadata__") continue;
     const kinds = { F16: Uint16Array, F32: Float32Array, I8: Int8Array };
     if (!kinds[dtype]) throw new Error(`${name} is ${dtype}; expected F16, F32 or I8.`);
     const bytes = buffer.slice(8 + length + start, 8 + length + end); // aligned
