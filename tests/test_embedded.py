@@ -19,6 +19,7 @@ from dpo_mini.embedded.pretraining import bits_per_byte, next_token_loss, orthog
 from dpo_mini.hub import HubError
 from dpo_mini.models import load_model
 from dpo_mini.rewards import WordJudge, load_judge, load_reward
+from dpo_mini.settings import TrainingError
 
 one_worker = pytest.mark.xdist_group("reviews")  # 25,000 of them, read once
 
@@ -212,3 +213,13 @@ def test_a_difference_from_other_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(policy, "base_weights", lambda: "another")
     with pytest.raises(HubError, match="another embedded model"):
         policy.load_policy(tmp_path)
+
+
+def test_a_policy_of_another_model_is_not_stored(tmp_path, tiny_folder):
+    """As a run is that was left from before the embedded model was replaced."""
+    other, _ = load_model()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for model in (other, load_model(tiny_folder)[0]):
+        with pytest.raises(TrainingError, match="not trained from the embedded model"):
+            policy.store_difference(model, tmp_path)

@@ -28,6 +28,7 @@ from dpo_mini.models import EMBEDDED_FOLDER, context_length, load_model
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_judge, load_prompts, load_reward
 from dpo_mini.sampling import sample_completions
+from dpo_mini.settings import TrainingError
 from dpo_mini.tokens import tokenize_pairs
 
 FOLDER = EMBEDDED_FOLDER / "policy"
@@ -118,11 +119,23 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 def store_difference(policy, folder: Path) -> None:
-    """Write what `load_policy` reads."""
+    """Write what `load_policy` reads.
+
+    Raises TrainingError for a policy that was trained from another model: a run that was left from
+    before the embedded model was replaced, say.
+    """
     reference, _ = load_model()
-    start, difference = weights_of(reference), {}
-    for name, weight in weights_of(policy).items():
-        difference[name] = (weight.detach() - start[name].detach()).cpu().numpy()
+    start, trained = weights_of(reference), weights_of(policy)
+    shapes = [{name: w.shape for name, w in weights.items()} for weights in (start, trained)]
+    difference = {}
+    if shapes[0] == shapes[1]:
+        difference = {name: (w - start[name]).detach().cpu().numpy() for name, w in trained.items()}
+    moved = sum(float((d**2).sum()) for d in difference.values())
+    if not difference or moved > 0.25 * sum(w.square().sum().item() for w in start.values()):
+        raise TrainingError(
+            "this policy was not trained from the embedded model: its weights are elsewhere. Give "
+            "another folder, and the demo is run there."
+        )
     save_file(pack(difference), folder / DIFFERENCE, metadata={BASE: base_weights()})
 
 
