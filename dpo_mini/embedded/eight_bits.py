@@ -17,14 +17,16 @@ SCALE = ".scale"
 def quantised(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A float matrix [..., n] as (int8 [..., n], float16 scales [..., n / group]).
 
-    Each number is off by at most half a scale, which is the largest of its group divided by 127.
+    Each number is off by at most half a scale: the largest of its group divided by 127, rounded up.
     """
     *rows, n = matrix.shape
     groups = matrix.astype(np.float32).reshape(*rows, -1, gcd(n, GROUP))
-    scales = (np.abs(groups).max(-1) / 127).astype(np.float16)
-    # A scale that float16 rounded down would clip its largest number; zero would divide by zero.
-    safe = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)
-    whole = np.clip(np.rint(groups / safe[..., None]), -127, 127).astype(np.int8)
+    largest = np.abs(groups).max(-1)
+    scales = (largest / 127).astype(np.float16)
+    too_small = 127 * scales.astype(np.float32) < largest  # it would clip the largest number
+    scales = np.where(too_small, np.nextafter(scales, np.float16(np.inf)), scales)
+    divisors = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)
+    whole = np.rint(groups / divisors[..., None]).astype(np.int8)
     return whole.reshape(matrix.shape), scales
 
 
