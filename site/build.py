@@ -164,7 +164,9 @@ def store_models(folder: Path) -> None:
     small = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
     (folder / "tokenizer.json").write_text(small, encoding="utf-8")
     margins = (EMBEDDED / "policy" / "margins.jsonl").read_text(encoding="utf-8")
+    names = ("prompt", "chosen", "rejected", "margin")
     rows = [json.loads(line) for line in margins.split("\n") if line]
+    rows = [{name: row[name] for name in names} for row in rows]
     (folder / "margins.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
 
 

@@ -154,9 +154,10 @@ def store_margins(pairs, folder: Path, shown: int = 60) -> None:
     tokenized = tokenize_pairs(pairs, tokenizer, context_length(policy))
     log_ratios = reference_logps(policy, tokenized) - reference_logps(reference, tokenized)
     margins = (log_ratios[:, 0] - log_ratios[:, 1]).tolist()
+    names = ("prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids")
     rows = [
-        {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "margin": round(m, 4)}
-        for p, m in zip(pairs, margins)
+        {name: getattr(pair, name) for name in names} | {"margin": round(margin, 4)}
+        for pair, margin in zip(pairs, margins)
     ]
     write_jsonl(folder / MARGINS, rows)
 
