@@ -33,7 +33,7 @@ NBVAL := -p no:cacheprovider --dist loadfile --nbval-lax --nbval-current-env \
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
-.PHONY: demo demo-real test test-fast test-lowest notebooks exercises workshop lab lock wheelhouse clean
+.PHONY: demo demo-real test test-fast test-lowest notebooks exercises workshop lab site lock wheelhouse clean
 
 demo: $(VENV)/core.done  ## sample, label, train with DPO, evaluate: minutes on two cores, no network
 	$(BIN)/dpo-mini demo $(ARGS)
@@ -64,6 +64,9 @@ FORM ?= 3h
 workshop: $(VENV)/lab.done  ## two archives in dist/workshop; FORM=1h, 3h or 2d
 	$(BIN)/python -m dpo_mini.course.workshop.archives $(FORM)
 
+site: $(VENV)/site.done  ## the web edition in site/_build/html, from the stored outputs
+	$(BIN)/python site/build.py $(ARGS)
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dpo_mini needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +79,10 @@ $(VENV)/core.done: $(BIN)/python requirements.lock pyproject.toml
 
 $(VENV)/lab.done: $(VENV)/core.done
 	$(INSTALL) '.[lab]'
+	@touch $@
+
+$(VENV)/site.done: $(VENV)/core.done
+	$(INSTALL) '.[site]'
 	@touch $@
 
 $(VENV)/test.done: $(VENV)/core.done
@@ -113,4 +120,4 @@ test-lowest: $(VENV)/test.done  ## the fast tests with the lowest versions that 
 	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) $(TESTS) -m "not slow and not lock" $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) wheelhouse runs build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) wheelhouse runs build dist site/_build *.egg-info

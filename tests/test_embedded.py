@@ -1,10 +1,14 @@
 """What the embedded reward, judge and model are worth on IMDb's test split, where at hand."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED_IMDB, needs_imdb
 
 from dpo_mini.data import read_rows
+from dpo_mini.embedded import eight_bits, policy
 from dpo_mini.embedded.judges import (
     calibration_error,
     fit_reward,
@@ -12,8 +16,10 @@ from dpo_mini.embedded.judges import (
     save_reward,
 )
 from dpo_mini.embedded.pretraining import bits_per_byte, next_token_loss, orthogonalised
+from dpo_mini.hub import HubError
 from dpo_mini.models import load_model
 from dpo_mini.rewards import WordJudge, load_judge, load_reward
+from dpo_mini.settings import TrainingError
 
 one_worker = pytest.mark.xdist_group("reviews")  # 25,000 of them, read once
 
@@ -139,3 +145,80 @@ def test_small_models_stay_on_the_cpu_where_there_is_a_gpu(monkeypatch, tmp_path
     assert in_bfloat16_where_it_pays(Train(pairs="pairs.jsonl"), model) == {"bf16": False}
     monkeypatch.setenv("DPO_MINI_DEVICE", "meta")
     assert pick_device(5_000_000) == "meta"
+
+
+# The policy that ships
+
+
+def test_eight_bits_are_off_by_half_a_step_at_most():
+    rng = np.random.default_rng(0)
+    for shape in ((7, 128), (3, 2, 64), (5, 48), (4, 1)):
+        matrix = rng.normal(size=shape) * 10.0 ** rng.integers(-4, 2, size=(*shape[:-1], 1))
+        whole, scales = eight_bits.quantised(matrix)
+        group = matrix.size // scales.size
+        step = np.repeat(scales.astype(np.float64), group, axis=-1).reshape(shape)
+        error = np.abs(eight_bits.restored(whole, scales) - matrix)
+        assert (error <= 0.501 * step + 1e-12).all()
+    assert not eight_bits.restored(*eight_bits.quantised(np.zeros((2, 64)))).any()
+
+
+def test_what_is_packed_comes_back_by_name():
+    tensors = {"a": np.ones((2, 64), np.float32), "b": np.full(3, 0.5, np.float32)}
+    back = eight_bits.unpack(eight_bits.pack(tensors))
+    assert back.keys() == tensors.keys() and np.allclose(back["a"], 1, atol=1e-2)
+    assert (back["b"] == 0.5).all()
+
+
+def test_the_policy_that_ships_belongs_to_the_model_that_ships():
+    """After another pretraining: python -m dpo_mini.embedded.policy."""
+    card = (policy.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert policy.base_weights() in card
+    assert sum(p.stat().st_size for p in policy.FOLDER.iterdir()) <= 11 * 2**20
+    words = ("embedded.policy", "beta", "95% interval", "longest run", "2305.18290", "apache-2.0")
+    for word in words:
+        assert word in card, f"the policy's card does not mention {word!r}"
+    pairs = read_rows(policy.FOLDER / "pairs.jsonl.gz")
+    assert f"{len(pairs):,} pairs" in card and {"prompt", "chosen", "rejected"} <= set(pairs[0])
+
+
+def test_the_policy_that_ships_gives_its_margins():
+    from dpo_mini.data import preference_pairs
+    from dpo_mini.reference import reference_logps
+    from dpo_mini.tokens import tokenize_pairs
+
+    rows = read_rows(policy.FOLDER / policy.MARGINS)[:6]
+    (trained, tokenizer), (reference, _) = policy.load_policy(), load_model()
+    pairs = tokenize_pairs(preference_pairs(rows), tokenizer, 128)
+    log_ratios = reference_logps(trained, pairs) - reference_logps(reference, pairs)
+    margins = log_ratios[:, 0] - log_ratios[:, 1]
+    assert torch.allclose(margins, torch.tensor([row["margin"] for row in rows]), atol=1e-2)
+    assert margins.abs().max() > 1  # it is no copy of the reference
+
+
+def test_a_difference_that_is_stored_is_the_one_that_is_loaded(tmp_path):
+    model, _ = load_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn(parameter.shape))
+    policy.store_difference(model, tmp_path)
+    loaded, _ = policy.load_policy(tmp_path)
+    for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters()):
+        assert torch.allclose(ours, theirs, atol=3e-5), name
+
+
+def test_a_difference_from_other_weights_is_refused(tmp_path, monkeypatch):
+    """Added to another model of the same shape, it would be a wrong policy without a word."""
+    shutil.copy(policy.FOLDER / policy.DIFFERENCE, tmp_path)
+    monkeypatch.setattr(policy, "base_weights", lambda: "another")
+    with pytest.raises(HubError, match="another embedded model"):
+        policy.load_policy(tmp_path)
+
+
+def test_a_policy_of_another_model_is_not_stored(tmp_path, tiny_folder):
+    """As a run is that was left from before the embedded model was replaced."""
+    other, _ = load_model()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for model in (other, load_model(tiny_folder)[0]):
+        with pytest.raises(TrainingError, match="not trained from the embedded model"):
+            policy.store_difference(model, tmp_path)
