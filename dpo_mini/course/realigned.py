@@ -170,7 +170,9 @@ def explore_strength(
 
     remembered = lru_cache(1000)(draw)
     wide = {"width": "480px"}
-    asked = ipywidgets.Text(value=prompt, description="prompt", layout=wide, continuous_update=False)
+    asked = ipywidgets.Text(
+        value=prompt, description="prompt", layout=wide, continuous_update=False
+    )
     asked.tooltip = "prompt: the beginning that the model continues"
     slider = ipywidgets.FloatSlider(
         value=1.0, min=-1.0, max=most, step=0.05, description="strength", readout_format=".2f",
