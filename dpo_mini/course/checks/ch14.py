@@ -87,7 +87,7 @@ RULE = Exercise(
         lambda p, q, s: q + s * (p - q) - (q + s * (p - q)).logsumexp(-1, keepdim=True),
     ),
     wrong=(
-        Wrong("an average of probabilities", lambda p, q, s: ((1 - s) * q.softmax(-1) + s * p.softmax(-1)).log(), "An average of probabilities keeps what either model likes. The rule multiplies: it averages log-probabilities. (Below 0 and above 1 your average is no distribution at all.)"),
+        Wrong("an average of probabilities", lambda p, q, s: ((1 - s) * q.softmax(-1) + s * p.softmax(-1)).log(), "An average of probabilities keeps what either model likes. The rule multiplies: it averages log-probabilities."),
         Wrong("not normalised", lambda p, q, s: q.log_softmax(-1) + s * (p.log_softmax(-1) - q.log_softmax(-1)), "A weighted sum of two log-probabilities is no log-probability: do the exponentials of a row sum to 1?"),
         Wrong("raw scores", "mixed.log_softmax(-1) -> mixed", "These are scores. What turns a row of scores into log-probabilities?"),
         Wrong("the two models exchanged", "reference + strength * (policy - reference) -> policy + strength * (reference - policy)", "At strength 0 the reference must be left, at strength 1 the policy."),
@@ -186,7 +186,9 @@ def facts_truth():
         exact.expectation(policy, other).item()
         for policy in (mixture(reference, other, -0.5), reference)
     )
-    half, whole = (exact.kl(mixture(reference, other, s), reference).item() for s in (0.5, 1.0))
+    half, whole = (  # of a policy not far from its reference
+        exact.kl(mixture(reference, other / 10, s), reference).item() for s in (0.5, 1.0)
+    )
     new_beta = beta / 0.5
     assert math.isclose(new_beta, 2 * beta)
     return {
