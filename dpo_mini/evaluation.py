@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo_mini.data import DataError, as_text
 from dpo_mini.models import in_bfloat16, without_dropout
 from dpo_mini.rewards import shown_values
-from dpo_mini.sampling import Completion, sample_completions
+from dpo_mini.sampling import Completion, mixture_logps, sample_completions
 from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, check_whole
 from dpo_mini.tokens import Batch, collate
 
@@ -99,10 +99,12 @@ LOGITS_AT_ONCE = 2**25  # numbers of one model: 128 MiB in float32
 
 @torch.no_grad()
 def sequence_kl(
-    policy, reference, completions: Sequence[Completion], batch_size: int = 64, bf16: bool = False
-) -> Tensor:
+    policy, reference, completions: Sequence[Completion], batch_size: int = 64, bf16: bool = False,
+    strength: float = 1.0,
+) -> Tensor:  # fmt: skip
     """KL(pi || pi_ref) of whole completions, one unbiased estimate per completion sampled from
-    `policy`, [n], in nats.
+    `policy`, [n], in nats. With a `strength`, pi is the mixture of the two of that strength, from
+    which the completions must come (`sample_mixture`).
 
     KL(pi || pi_ref) = E_pi[sum over t of KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t))]: each token's
     KL is computed exactly over the vocabulary and only the prefix is sampled, which varies far less
@@ -116,17 +118,20 @@ def sequence_kl(
     size = min(batch_size, max(1, at_once))
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     with in_bfloat16(policy, bf16):
-        return torch.cat([kl_of_rows(policy, reference, part) for part in parts])
+        return torch.cat([kl_of_rows(policy, reference, part, strength) for part in parts])
 
 
-def kl_of_rows(policy, reference, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+def kl_of_rows(
+    policy, reference, rows: list[tuple[list[int], list[int]]], strength: float = 1.0
+) -> Tensor:
     """The sum over a completion's tokens of KL(pi || pi_ref) after its prefix, [rows]."""
     batch = collate(rows).to(policy.device)
     predicts = batch.completion_mask[:, 1:].bool()  # [rows, length - 1]: where a token of y follows
     p, q = (completion_logits(model, batch, predicts) for model in (policy, reference))
     # In pieces of tokens [piece, vocabulary], since log softmax holds several copies of its input.
     size = max(1, LOGITS_AT_ONCE // 8 // p.shape[1])
-    token_kl = torch.cat([kl_of_tokens(*two) for two in zip(p.split(size), q.split(size))])
+    two = zip(p.split(size), q.split(size))
+    token_kl = torch.cat([kl_of_tokens(mixture_logps(a, b, strength), b) for a, b in two])
     owners = predicts.nonzero()[:, 0]
     return token_kl.new_zeros(len(rows)).index_add(0, owners, token_kl).cpu()
 
@@ -145,6 +150,32 @@ def completion_logits(model, batch: Batch, predicts: Tensor) -> Tensor:
     logits = model(**inputs, **wanted).logits
     logits = logits if "logits_to_keep" in takes else logits[:, first:]
     return logits[:, :-1][predicts[:, first:]]
+
+
+class TokenShifts(NamedTuple):
+    """Of each token of a completion, [tokens] in nats: its log-probability under the mixture and
+    under the reference, and the KL of the two distributions that it was drawn from.
+    """
+
+    logps: Tensor
+    reference_logps: Tensor
+    kl: Tensor
+
+
+@torch.no_grad()
+def token_shifts(policy, reference, completion: Completion, strength: float = 1.0) -> TokenShifts:
+    """How the mixture of this strength (`mixture_logps`; 1 is the policy) moves each token.
+
+    The sums of `logps` and `reference_logps` are log pi(y | x) of the whole completion; the sum of
+    `kl` is its `sequence_kl`.
+    """
+    batch = collate([(completion.prompt_ids, completion.ids)]).to(policy.device)
+    predicts = batch.completion_mask[:, 1:].bool()
+    p, q = (completion_logits(model, batch, predicts) for model in (policy, reference))
+    mixed, q = mixture_logps(p, q, strength), mixture_logps(q, q, 0)
+    tokens = torch.tensor(completion.ids, device=mixed.device)[:, None]
+    logps, reference_logps = (x.gather(1, tokens)[:, 0].cpu() for x in (mixed, q))
+    return TokenShifts(logps, reference_logps, kl_of_tokens(mixed, q).cpu())
 
 
 def kl_of_tokens(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -42,6 +42,32 @@ def table_logps(logits: Tensor, responses: list[tuple[int, ...]]) -> Tensor:
     return logps.new_zeros(len(responses)).index_add(0, response, logps)
 
 
+def next_token_logps(logps: Tensor, responses: list[tuple[int, ...]]) -> Tensor:
+    """The inverse of `table_logps`: log pi(token | prefix) [prefixes, vocabulary] of a policy that
+    is given as log pi(y) [Y]. Rows in the order of `prefixes(responses)`.
+
+    P(token | prefix) is the probability of all that begins with prefix and token, over that of all
+    that begins with the prefix.
+    """
+    rows, tokens = prefixes(responses), range(max(map(max, responses)) + 1)
+    begins = [[[y[: len(p) + 1] == (*p, t) for y in responses] for t in tokens] for p in rows]
+    mass = logps.expand(len(rows), len(tokens), -1).masked_fill(~torch.tensor(begins), -torch.inf)
+    return mass.logsumexp(-1).log_softmax(-1)
+
+
+def token_mixture(
+    logps: Tensor, reference: Tensor, responses: list[tuple[int, ...]], strength: float
+) -> Tensor:
+    """log pi(y) [Y] of the policy whose next token comes from log-softmax(reference + strength
+    (policy - reference)) after every prefix (Liu et al. 2024, arXiv 2402.02992).
+
+    The same rule for whole completions gives pi* of beta / strength exactly; this one, which can
+    be sampled, gives it nearly.
+    """
+    ours, theirs = (next_token_logps(policy, responses) for policy in (logps, reference))
+    return table_logps((1 - strength) * theirs + strength * ours, responses)
+
+
 def expectation(logps: Tensor, values: Tensor) -> Tensor:
     """E_pi[values], a scalar."""
     return (logps.exp() * values).sum()

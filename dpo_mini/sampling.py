@@ -1,9 +1,10 @@
 """Completions sampled from a model, kept as the token ids that were sampled."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +14,19 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from dpo_mini.data import DataError, Text
 from dpo_mini.exactness import base, check_defined, difference, refusal, say_once
 from dpo_mini.models import check_ids, context_length, in_bfloat16
-from dpo_mini.settings import MOST_ITEMS, MOST_TOKENS, TrainingError, check_real, check_whole
+from dpo_mini.settings import (
+    MOST_ITEMS,
+    MOST_TOKENS,
+    SettingsError,
+    TrainingError,
+    check_real,
+    check_whole,
+)
 from dpo_mini.tokens import collate, completion_text, tokenize_prompt
 
 # Rows that have ended are dropped once they are this share: dropping copies all other rows.
 WORTH_DROPPING = 0.25
+MOST_STRENGTH = 1000  # of a mixture, in either direction: beyond it float32 is too coarse
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,8 @@ def sample_completions(
     """
     from tqdm.auto import tqdm
 
-    check_whole("n", n, 1, MOST_ITEMS, "It is the number of completions of each prompt.")
-    check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
-    check_whole("batch_size", batch_size, 1, MOST_ITEMS, "Try 256.")
-    check_real("temperature", temperature, 0, "1 is the model's own distribution, 0 is greedy.")
-    check_characters(prompts)
-    tokenized = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts]
-    check_room(model, tokenizer, [ids for _, ids in tokenized], max_new_tokens)
-    rows = [row for row in tokenized for _ in range(n)]
+    check_sampling(n, max_new_tokens, temperature, batch_size)
+    rows = prompt_rows(model, tokenizer, prompts, n, max_new_tokens)
     generator, completions = torch.Generator().manual_seed(seed), []
     for i in tqdm(range(0, len(rows), batch_size), desc="sample", disable=not progress):
         chunk = rows[i : i + batch_size]
@@ -81,10 +84,88 @@ def sample_completions(
         sampled = continuations(
             model, [ids for _, ids in chunk], u, temperature, tokenizer.eos_token_id, bf16
         )
-        for (prompt, prompt_ids), ids in zip(chunk, sampled):
-            text = completion_text(tokenizer, prompt_ids, ids)
-            completions.append(Completion(prompt, text, prompt_ids, ids))
+        completions += finished(tokenizer, chunk, sampled)
     return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def sample_mixture(
+    policy,
+    reference,
+    tokenizer,
+    prompts: Sequence[Text],
+    strength: float,
+    n: int = 1,
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    bf16: bool = False,
+) -> list[list[Completion]]:
+    """`n` completions of each prompt from `mixture_logps` of two models, without any training.
+
+    For a policy that was trained with beta, strength s stands in for one trained with beta / s (Liu
+    et al. 2024, arXiv 2402.02992): 0 is the reference, 1 the policy, above 1 goes on in the same
+    direction, below 0 goes the other way. The random numbers are common to all strengths: each
+    completion has its own, whatever the strength, `batch_size` and the prompts after it.
+
+    Raises what `sample_completions` raises, and DataError for vocabularies of different sizes.
+    SettingsError where one of the models cannot be read token by token with a cache.
+    """
+    check_sampling(n, max_new_tokens, temperature, batch_size)
+    check_strength(strength)
+    check_same_size(policy, reference)
+    rows = prompt_rows(policy, tokenizer, prompts, n, max_new_tokens)
+    check_room(reference, tokenizer, [ids for _, ids in rows], max_new_tokens)
+    generator, completions = torch.Generator().manual_seed(seed), []
+    u = torch.rand(len(rows), max_new_tokens, generator=generator).T
+    for i in range(0, len(rows), batch_size):
+        chunk = rows[i : i + batch_size]
+        sampled = mixture_continuations(
+            policy, reference, strength, [ids for _, ids in chunk], u[:, i : i + batch_size],
+            temperature, tokenizer.eos_token_id, bf16,
+        )  # fmt: skip
+        completions += finished(tokenizer, chunk, sampled)
+    return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+def mixture_logps(policy: Tensor, reference: Tensor, strength: float) -> Tensor:
+    """log-softmax(reference + strength (policy - reference)): next-token log-probabilities of the
+    mixture, float32 or the logits' float64.
+
+    `policy`, `reference` [..., vocabulary]: logits or log-probabilities of the next token, since a
+    constant for a row changes nothing. The rule of Liu et al. 2024 (arXiv 2402.02992): applied to
+    whole sequences it is exact, token by token it is an approximation (notebook 14). At strength 0
+    and 1 nothing is rounded: the sum is written so that one of the two models drops out.
+    """
+    dtype = torch.promote_types(policy.dtype, torch.float32)
+    policy, reference = policy.to(dtype), reference.to(policy.device, dtype)
+    return ((1 - strength) * reference + strength * policy).log_softmax(-1)
+
+
+def check_sampling(n: int, max_new_tokens: int, temperature: float, batch_size: int) -> None:
+    """Raises SettingsError for a number that no sampling can use."""
+    check_whole("n", n, 1, MOST_ITEMS, "It is the number of completions of each prompt.")
+    check_whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS, "Try 48.")
+    check_whole("batch_size", batch_size, 1, MOST_ITEMS, "Try 256.")
+    check_real("temperature", temperature, 0, "1 is the model's own distribution, 0 is greedy.")
+
+
+def prompt_rows(
+    model, tokenizer, prompts: Sequence[Text], n: int, max_new_tokens: int
+) -> list[tuple[Text, list[int]]]:
+    """Each prompt with its token ids, `n` times. Raises DataError."""
+    check_characters(prompts)
+    tokenized = [(prompt, tokenize_prompt(tokenizer, prompt)) for prompt in prompts]
+    check_room(model, tokenizer, [ids for _, ids in tokenized], max_new_tokens)
+    return [row for row in tokenized for _ in range(n)]
+
+
+def finished(tokenizer, rows: Sequence[tuple], sampled: Sequence[list[int]]) -> list[Completion]:
+    """The sampled ids of each (prompt, prompt's ids) as a completion."""
+    return [
+        Completion(prompt, completion_text(tokenizer, prompt_ids, ids), prompt_ids, ids)
+        for (prompt, prompt_ids), ids in zip(rows, sampled)
+    ]
 
 
 def check_characters(prompts: Sequence[Text]) -> None:
@@ -95,6 +176,24 @@ def check_characters(prompts: Sequence[Text]) -> None:
             raise DataError(
                 f"prompt {i + 1} holds half of a surrogate pair (such as \\ud83d alone)."
             )
+
+
+def check_strength(strength: float) -> None:
+    """Raises SettingsError for a strength that no mixture can have."""
+    advice = "0 is the reference, 1 the policy."
+    check_real("strength", strength, -MOST_STRENGTH, advice)
+    if strength > MOST_STRENGTH:
+        raise SettingsError(f"strength must be at most {MOST_STRENGTH}, got {strength}. {advice}")
+
+
+def check_same_size(policy, reference) -> None:
+    """Raises DataError for two models whose next-token probabilities are not of the same tokens."""
+    ours, theirs = (m.config.get_text_config().vocab_size for m in (policy, reference))
+    if ours != theirs:
+        raise DataError(
+            f"the policy has a vocabulary of {ours} tokens and the reference one of {theirs}, so "
+            "they cannot be mixed. Give the reference that the policy was trained from."
+        )
 
 
 def check_room(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
@@ -124,28 +223,62 @@ def continuations(
     model.eval()
     if len(u) == 0:
         return [[] for _ in prompts]
+    reason = continuing_refusal(model, prompts, len(u))
+    if reason:
+        say_once(model, f"{reason}. Samples are drawn with `generate`, which is slower.")
+    with in_bfloat16(model, bf16):  # only now: the trial compares in the model's own precision
+        if reason:
+            return generated(model, prompts, u, temperature, end)
+        return continued(partial(Reader, model), prompts, u, temperature, end)
+
+
+@torch.no_grad()
+def mixture_continuations(
+    policy,
+    reference,
+    strength: float,
+    prompts: Sequence[list[int]],
+    u: Tensor,
+    temperature: float = 1.0,
+    end: int | None = None,
+    bf16: bool = False,
+) -> list[list[int]]:
+    """`continuations` by `mixture_logps` of two models of one vocabulary, each with its own cache.
+
+    Raises SettingsError for a model whose rows our own loop cannot continue exactly.
+    """
+    for model in (policy, reference):
+        model.eval()
+        reason = continuing_refusal(model, prompts, len(u))
+        if reason:
+            name = type(base(model)).__name__
+            raise SettingsError(f"{name} cannot be mixed with another model: {reason}.")
+    reader = partial(MixedReader, policy, reference, strength)
+    with in_bfloat16(policy, bf16):
+        return continued(reader, prompts, u, temperature, end)
+
+
+def continuing_refusal(model, prompts: Sequence[list[int]], tokens: int) -> str:
+    """Why our own loop does not continue these prompts exactly; "" where it does."""
     for ids in prompts:
         check_ids(model, ids)
     longest, shortest = max(prompts, key=len), min(prompts, key=len)
     check_defined(model, [*longest, 0])
-    reason = refusal(
-        model, "continue", (len(longest) + len(u),),
+    return refusal(
+        model, "continue", (len(longest) + tokens,),
         trial=lambda: continued_wrongly(model, [longest, shortest]),
     )  # fmt: skip
-    if reason:
-        say_once(model, f"{reason}. Samples are drawn with `generate`, which is slower.")
-    with in_bfloat16(model, bf16):  # only now: the trial compares in the model's own precision
-        return (generated if reason else continued)(model, prompts, u, temperature, end)
 
 
 def continued(
-    model, prompts: Sequence[list[int]], u: Tensor, temperature: float, end: int | None
-) -> list[list[int]]:
+    reader_of: Callable, prompts: Sequence[list[int]], u: Tensor, temperature: float,
+    end: int | None,
+) -> list[list[int]]:  # fmt: skip
     """`continuations` by our own loop: equal prompts are read once, each token after them once, and
-    what has ended no more.
+    what has ended no more. `reader_of(prompts, room=...)` makes the `Reader`.
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
-    reader = Reader(model, different, room=max(map(len, prompts)) + len(u))
+    reader = reader_of(different, room=max(map(len, prompts)) + len(u))
     logits = reader.read_prompts()
     places = {ids: i for i, ids in enumerate(different)}
     rows = [places[tuple(ids)] for ids in prompts]
@@ -202,6 +335,25 @@ class Reader:
             input_ids=tokens, attention_mask=self.mask, position_ids=position_ids,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
+
+
+class MixedReader:
+    """Two models reading the same rows, each with its own cache; their `mixture_logps`."""
+
+    def __init__(self, policy, reference, strength: float, prompts, room: int):
+        self.readers = [Reader(model, prompts, room) for model in (policy, reference)]
+        self.strength = strength
+
+    def read_prompts(self) -> Tensor:
+        return mixture_logps(*(reader.read_prompts() for reader in self.readers), self.strength)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        logits = [reader.read(tokens.to(reader.mask.device)) for reader in self.readers]
+        return mixture_logps(*logits, self.strength)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for reader in self.readers:
+            reader.keep(rows)
 
 
 def continued_wrongly(model, prompts: Sequence[list[int]]) -> str:

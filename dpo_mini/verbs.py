@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -315,31 +316,6 @@ class Evaluate(PromptOptions, OutputOptions):
     samples: int = option(2, "completions of each prompt", at_most=10_000)
     output: str = option("runs/evaluate", OUTPUT)
 
-    def models(self):
-        """Policy, reference and their tokenizer. Raises DataError where they do not belong
-        together.
-        """
-        from dpo_mini.models import load_model, same_tokenizer
-
-        policy, tokenizer = load_model(self.model)
-        name, digest = self.reference, None
-        if name is None:
-            at_home = self.model == "embedded"
-            name, digest = ("embedded", None) if at_home else base_model(self.model)
-            say(self, f"The reference is {name}, which {self.model} was trained from.")
-        reference, other = load_model(name)
-        if digest and weights_digest(reference) != digest:
-            raise DataError(
-                f"{name} is not the model that {self.model} was trained from: its weights are "
-                "others. Give --reference."
-            )
-        if not same_tokenizer(tokenizer, other):
-            raise DataError(
-                f"{self.model} and {name} have different tokenizers, so that their probabilities "
-                "are not of the same things: give the --reference that the policy was trained from."
-            )
-        return policy, reference, tokenizer
-
     def pair_accuracy(self, policy, reference, tokenizer, bf16: bool) -> dict:
         from dpo_mini.data import preference_pairs, read_rows
         from dpo_mini.evaluation import held_out_accuracy
@@ -365,7 +341,7 @@ class Evaluate(PromptOptions, OutputOptions):
         from dpo_mini.rewards import load_judge, load_reward, shown_as
 
         folder = prepare_folder(self.output, overwrite=self.overwrite)
-        policy, reference, tokenizer = self.models()
+        policy, reference, tokenizer = policy_and_reference(self)
         reward = load_reward(self.reward, self.positive)
         # The judge too reads the sentiment of reviews: of another reward it would say nothing.
         judge = load_judge() if self.reward == "embedded" else None
@@ -392,19 +368,45 @@ class Sample(SamplingOptions):
 
     prompt: tuple[str, ...] = option((), "may be given more than once")
     temperature: float = option(1.0, "1 is the model's own distribution", at_least=0)
+    strength: float | None = option(
+        None, "mix the policy with its reference, without training: 0 is the reference, 1 the "
+        "policy, 0.5 what twice its beta would give, above 1 goes further, below 0 the other way",
+        at_least=-100, at_most=100,
+    )  # fmt: skip
+    reference: str | None = option(
+        None, "of --strength (default: what the policy's card says it was trained from)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reference is not None and self.strength is None:
+            raise SettingsError(
+                "--reference is the other model of a mixture: say how much of the policy to take "
+                "with --strength, such as 0.5."
+            )
+
+    def sampler(self):
+        """A model, its tokenizer, and the function of (tokenizer, prompts, ...) that samples."""
+        from dpo_mini.models import load_model
+        from dpo_mini.sampling import sample_completions, sample_mixture
+
+        if self.strength is None:
+            model, tokenizer = load_model(self.model)
+            return model, tokenizer, partial(sample_completions, model)
+        policy, reference, tokenizer = policy_and_reference(self)
+        mixture = partial(sample_mixture, policy, reference, strength=self.strength)
+        return policy, tokenizer, mixture
 
     def run(self) -> dict:
-        from dpo_mini.models import load_model
         from dpo_mini.rewards import RAW_REWARD, load_reward, shown_as, shown_values
-        from dpo_mini.sampling import sample_completions
 
-        model, tokenizer = load_model(self.model)
+        model, tokenizer, sample = self.sampler()
         reward = load_reward(self.reward, self.positive)
         asked = self.prompt or ("This movie", "I watched this", "The acting")
         prompts = as_asked(self, asked, model, tokenizer)
-        drawn = sample_completions(
-            model, tokenizer, prompts, self.samples, self.max_new_tokens, self.temperature,
-            self.seed, bf16=precision(self, model),
+        drawn = sample(
+            tokenizer, prompts, n=self.samples, max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature, seed=self.seed, bf16=precision(self, model),
         )  # fmt: skip
         completions = [c for row in drawn for c in row]
         texts = [c.full_text for c in completions]  # of a chat the answer alone, without markup
@@ -635,6 +637,35 @@ VERBS = {
     "sample": Sample, "fetch": Fetch, "cool": Cool, "lab": Lab, "env": Env,
     "pretrain": Pretrain, "judges": Judges, "prompts": Prompts,
 }  # fmt: skip
+
+
+# --- what the verbs share: two models ---
+
+
+def policy_and_reference(options):
+    """Models and tokenizer of --model and --reference. Raises DataError where the two do not belong
+    together.
+    """
+    from dpo_mini.models import load_model, same_tokenizer
+
+    policy, tokenizer = load_model(options.model)
+    name, digest = options.reference, None
+    if name is None:
+        at_home = options.model == "embedded"
+        name, digest = ("embedded", None) if at_home else base_model(options.model)
+        say(options, f"The reference is {name}, which {options.model} was trained from.")
+    reference, other = load_model(name)
+    if digest and weights_digest(reference) != digest:
+        raise DataError(
+            f"{name} is not the model that {options.model} was trained from: its weights are "
+            "others. Give --reference."
+        )
+    if not same_tokenizer(tokenizer, other):
+        raise DataError(
+            f"{options.model} and {name} have different tokenizers, so that their probabilities "
+            "are not of the same things: give the --reference that the policy was trained from."
+        )
+    return policy, reference, tokenizer
 
 
 # --- what the verbs share: training ---
