@@ -2,7 +2,6 @@
 and a model as judge.
 """
 
-import json
 
 import pytest
 import torch
@@ -23,7 +22,9 @@ def page_of(tmp_path, pairs=PAIRS, **options):
 def side_of(page, word):
     """The key of the side on which the text with that word stands."""
     text = page.box.children[0].value
-    return KEY["left"] if text.index("<td") < text.index(word) < text.rindex("<td") else KEY["right"]
+    return (
+        KEY["left"] if text.index("<td") < text.index(word) < text.rindex("<td") else KEY["right"]
+    )
 
 
 def test_showings_are_shuffled_and_repeated_the_other_way_round_later():
@@ -122,7 +123,9 @@ def test_a_file_of_other_pairs_or_of_two_pages_is_refused_and_kept(tmp_path):
     page.press(KEY["left"])  # the first page knows nothing of it
     assert len(read_rows(path)) == 3 and len(page.labels) == 2
     assert "another page" in page.box.children[3].value
-    path.write_bytes(before.replace(b'"left"}', b'"up"}').replace(b'"verdict": "left"', b'"verdict": "up"'))
+    path.write_bytes(
+        before.replace(b'"left"}', b'"up"}').replace(b'"verdict": "left"', b'"verdict": "up"')
+    )
     with pytest.raises(DataError, match="line 1: the verdict 'up'"):
         page_of(tmp_path)
 

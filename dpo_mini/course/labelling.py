@@ -45,7 +45,9 @@ def labelling_page(
 
     def draw(said: str = "") -> None:
         done = len(given) == len(shown)
-        view.text.value = finished(given, path) if done else two_texts(given, shown, pairs, question)
+        view.text.value = (
+            finished(given, path) if done else two_texts(given, shown, pairs, question)
+        )
         view.said.value = f"<p role='status'>{escape(said)}&nbsp;</p>"
         for key, button in view.buttons.items():
             button.disabled = not given if key == "0" else done

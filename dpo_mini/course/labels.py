@@ -43,7 +43,7 @@ class Label:
 
     @property
     def preferred(self) -> str:
-        """"first", "second", "tie" or "skip": the verdict without its side."""
+        """One of "first", "second", "tie" or "skip": the verdict without its side."""
         if self.verdict not in ("left", "right"):
             return self.verdict
         return "first" if (self.verdict == "left") == self.first_is_left else "second"
@@ -129,7 +129,9 @@ def read_labels(path) -> list[Label]:
     for row in read_rows(path):
         for name, kind in kinds.items():
             if type(row.get(name)) is not kind:
-                raise DataError(f"{row['_where']}: expected a label with {name!r} as {kind.__name__}.")
+                raise DataError(
+                    f"{row['_where']}: expected a label with {name!r} as {kind.__name__}."
+                )
         if row["verdict"] not in VERDICTS:
             one_of = ", ".join(VERDICTS)
             raise DataError(f"{row['_where']}: the verdict {row['verdict']!r} is none of {one_of}.")
