@@ -2,13 +2,35 @@
 and a model as judge.
 """
 
+import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dpo_mini import exact
 from dpo_mini.course import labels as people
 from dpo_mini.course.labelling import KEYS, labelling_page
 from dpo_mini.data import DataError, PreferencePair, preference_pairs, read_rows
+from dpo_mini.family import davidson_loss, offset_loss, rao_kupper_loss, soft_label_loss
+from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss
+from dpo_mini.reference import reference_logps
+from dpo_mini.settings import TrainingConfig
+from dpo_mini.tokens import TokenizedPair
+from dpo_mini.training import graded_objective, train
+
+
+def tiny_model():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
 
 PAIRS = [PreferencePair(f"Film {i}", f" good{i}", f" bad{i}", [1], [i + 5], [i + 99], 1.0, 0.0)
          for i in range(30)]  # fmt: skip
@@ -156,3 +178,122 @@ def test_the_bootstrap_of_kappa_covers_the_truth():
         low, high = people.kappa_interval(a.tolist(), b.tolist(), range(150), seed, draws=300)
         covered += low <= 2 * (0.85**2 + 0.15**2) - 1 <= high
     assert 52 <= covered <= 60
+
+
+# --- ties and graded labels ---
+
+H = torch.tensor([-800.0, -30, -3, -0.7, 0, 0.2, 2, 30, 800], dtype=torch.float64)
+
+
+def logps_of(gaps, beta):
+    """Pairs whose difference of implicit rewards is `gaps`."""
+    zeros = torch.zeros_like(gaps)
+    chosen = (gaps / beta - 7).requires_grad_()
+    return PairLogps(chosen, zeros - 4, zeros - 6, zeros - 3)
+
+
+def probabilities(model, h, beta=0.3):
+    """P(win), P(tie), P(loss) of a loss on ties, of gaps `h`."""
+    yes, no = torch.ones_like(h, dtype=torch.bool), torch.zeros_like(h, dtype=torch.bool)
+    losses = (model(logps_of(h, beta), no), model(logps_of(h, beta), yes))
+    losses = (*losses, model(logps_of(-h, beta), no))
+    return tuple((-loss).exp().detach() for loss in losses)
+
+
+MODELS = {
+    "rao-kupper": lambda l, tied: rao_kupper_loss(l, tied, 0.3, 0.8),
+    "davidson": lambda l, tied: davidson_loss(l, tied, 0.3, 1.7),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_win_tie_and_loss_add_to_one_and_a_tie_has_no_order(name):
+    for_h = probabilities(MODELS[name], H)
+    torch.testing.assert_close(sum(for_h), torch.ones_like(H), rtol=0, atol=1e-12)
+    torch.testing.assert_close(for_h[1], probabilities(MODELS[name], -H)[1], rtol=1e-12, atol=0)
+    assert for_h[1].argmax() == 4
+
+
+def test_ties_are_those_of_rao_and_kupper_and_of_davidson():
+    w = (H[2:7] / 2).exp()  # strengths whose ratio is exp(h)
+    l = 1 / w
+    nu = math.exp(0.8)
+    win, tie, _ = probabilities(MODELS["rao-kupper"], H[2:7])
+    torch.testing.assert_close(win, w / (w + nu * l))
+    torch.testing.assert_close(tie, (nu**2 - 1) * w * l / ((w + nu * l) * (l + nu * w)))
+    win, tie, lose = probabilities(MODELS["davidson"], H[2:7])
+    torch.testing.assert_close(win, w / (w + l + 1.7 * (w * l).sqrt()))
+    torch.testing.assert_close(win / (win + lose), H[2:7].sigmoid())  # ties taken away
+
+
+def test_graded_losses_are_finite_and_dpo_is_their_limit():
+    logps, ones = logps_of(H, 0.3), torch.ones_like(H)
+    no = ones < 0
+    for loss in (
+        soft_label_loss(logps, 0.7 * ones, 0.3), offset_loss(logps, ones, 0.3),
+        *(model(logps, tied) for model in MODELS.values() for tied in (no, ~no)),
+    ):  # fmt: skip
+        (slope,) = torch.autograd.grad(loss.sum(), logps.chosen)
+        assert loss.isfinite().all() and slope.isfinite().all() and loss.shape == H.shape
+    plain = dpo_loss(logps, 0.3)
+    torch.testing.assert_close(soft_label_loss(logps, ones, 0.3), plain)
+    torch.testing.assert_close(offset_loss(logps, 0 * ones, 0.3), plain)
+    torch.testing.assert_close(rao_kupper_loss(logps, no, 0.3, 1e-12), plain)
+    torch.testing.assert_close(davidson_loss(logps, no, 0.3, 1e-300), plain)
+    torch.testing.assert_close(soft_label_loss(logps, 0.9 * ones, 0.3), cdpo_loss(logps, 0.3, 0.1))
+
+
+REWARDS = torch.tensor([-1.0, 0.4, -0.3, 1.0, 2.0], dtype=torch.float64)
+REFERENCE = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1], dtype=torch.float64).log()
+I, J = (~torch.eye(5, dtype=torch.bool)).nonzero().unbind(1)
+
+
+def fitted(loss):
+    """The policy [5] that minimises `loss(PairLogps of all ordered pairs)`."""
+    logits = REFERENCE.clone().requires_grad_()
+
+    def value():
+        logps = logits.log_softmax(0)
+        return loss(PairLogps(logps[I], logps[J], REFERENCE[I], REFERENCE[J])).sum()
+
+    exact.minimise(value, [logits])
+    return logits.detach().log_softmax(0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_in_the_exact_world_soft_labels_and_ties_lead_to_the_optimum(beta):
+    best = exact.optimal_policy(REFERENCE, REWARDS, beta)
+    gap, no = (REWARDS[I] - REWARDS[J]), torch.zeros(20, dtype=torch.bool)
+    soft = fitted(lambda l: soft_label_loss(l, gap.sigmoid(), beta))
+    assert exact.total_variation(soft, best) < 1e-6
+    for loss, option in ((rao_kupper_loss, 0.8), (davidson_loss, 1.7)):
+        world = lambda l, tied: loss(l, tied, 1.0, option)  # noqa: B023, E731
+        win, tie, _ = probabilities(world, gap, 1.0)
+
+        def population(l):
+            won, equal = loss(l, no, beta, option), loss(l, ~no, beta, option)  # noqa: B023
+            return win * won + tie / 2 * equal  # noqa: B023
+
+        assert exact.total_variation(fitted(population), best) < 1e-6
+        without = fitted(lambda l: win * dpo_loss(l, beta))  # noqa: B023
+        away = exact.total_variation(without, best)
+        assert away < 1e-6 if loss is davidson_loss else away > 0.02
+
+
+def test_a_graded_run_learns_the_probability_and_counts_parts_as_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [TokenizedPair([1, 2 + i], [9 + i, 20], [30 + i, 21]) for i in range(6)]
+    model = tiny_model()
+    reference = reference_logps(model, pairs)
+    asked = torch.rand(6, generator=generator).mul(0.6).add(0.2).tolist()
+    items = list(zip(pairs, reference.tolist(), asked))
+    objective = graded_objective(lambda l, p: soft_label_loss(l, p, 0.5), 0.5)
+    config = TrainingConfig(steps=1, batch_size=6, learning_rate=1e-3)
+    whole = train(copy.deepcopy(model), items, objective, config)
+    parted = train(copy.deepcopy(model), items, objective, replace(config, micro_batch_size=4))
+    assert whole[0]["grad_norm"] == pytest.approx(parted[0]["grad_norm"], rel=1e-4)
+    assert whole[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    train(model, items, objective, replace(config, steps=300, learning_rate=3e-3))
+    moved = 0.5 * (reference_logps(model, pairs) - reference)
+    found = (moved[:, 0] - moved[:, 1]).sigmoid()
+    torch.testing.assert_close(found, torch.tensor(asked), rtol=0, atol=0.02)

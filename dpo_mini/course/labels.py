@@ -169,8 +169,14 @@ class Agreement(NamedTuple):
 
 def share(right: Sequence[bool], groups: Sequence | None = None) -> Estimate:
     """How often `right` is True, with Wilson's interval; `groups` as in `win_rate`."""
-    sign = torch.tensor([1.0 if one else -1.0 for one in right])
-    return win_rate(sign, torch.zeros_like(sign), groups)
+    sign = torch.tensor([1.0 if one else -1.0 for one in right], dtype=torch.float64)
+    return win_rate(sign, torch.zeros_like(sign), numbered(groups) if groups is not None else None)
+
+
+def numbered(groups: Sequence) -> list[int]:
+    """Groups of any names as numbers from 0, in the order of their first items."""
+    numbers: dict = {}
+    return [numbers.setdefault(group, len(numbers)) for group in groups]
 
 
 def agreement(a: Sequence, b: Sequence, groups: Sequence | None = None, seed=0) -> Agreement:
@@ -189,14 +195,14 @@ def agreement(a: Sequence, b: Sequence, groups: Sequence | None = None, seed=0) 
 def kappa_interval(a: Sequence, b: Sequence, groups: Sequence, seed: int = 0, draws: int = 1000):
     """The middle 95% of kappa over `draws` bootstrap samples of whole groups: (low, high)."""
     names = {name: i for i, name in enumerate(dict.fromkeys([*a, *b]))}
-    numbers: dict = {}
-    rows = [numbers.setdefault(group, len(numbers)) for group in groups]
-    tables = torch.zeros(len(numbers), len(names), len(names), dtype=torch.float64)
+    rows = numbered(groups)
+    count = len(set(rows))
+    tables = torch.zeros(count, len(names), len(names), dtype=torch.float64)
     for row, x, y in zip(rows, a, b):
         tables[row, names[x], names[y]] += 1
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(numbers), (draws, len(numbers)), generator=generator)
-    times = torch.zeros(draws, len(numbers), dtype=torch.float64)
+    drawn = torch.randint(count, (draws, count), generator=generator)
+    times = torch.zeros(draws, count, dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     kappas = kappa_of_tables(torch.einsum("dg,gxy->dxy", times, tables))
     return tuple(kappas.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
