@@ -2,18 +2,27 @@
 and a model as judge.
 """
 
+import contextlib
 import copy
+import http.server
+import json
 import math
+import random
+import re
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dpo_mini import exact
+from dpo_mini.course import human_preferences, model_judge
 from dpo_mini.course import labels as people
 from dpo_mini.course.labelling import KEYS, labelling_page
 from dpo_mini.data import DataError, PreferencePair, preference_pairs, read_rows
 from dpo_mini.family import davidson_loss, offset_loss, rao_kupper_loss, soft_label_loss
+from dpo_mini.hub import HubError
 from dpo_mini.losses import PairLogps, cdpo_loss, dpo_loss
 from dpo_mini.reference import reference_logps
 from dpo_mini.settings import TrainingConfig
@@ -297,3 +306,230 @@ def test_a_graded_run_learns_the_probability_and_counts_parts_as_the_whole():
     moved = 0.5 * (reference_logps(model, pairs) - reference)
     found = (moved[:, 0] - moved[:, 1]).sigmoid()
     torch.testing.assert_close(found, torch.tensor(asked), rtol=0, atol=0.02)
+
+
+# --- other people's verdicts ---
+
+
+def made_up(folder, n=240, accuracy=0.8):
+    """Comparisons of two models of which the first wins in 70 of 100, and a judge that errs."""
+    draw = random.Random(0)
+    rows, said = [], []
+    for i in range(n):
+        models = ("a_b", "c_d")[i % 2]
+        winner = 1 if draw.random() < (0.7 if models == "a_b" else 0.4) else 2
+        people = [winner if draw.random() < 0.95 else 3 - winner for _ in range(3)]
+        lengths = (9, 3) if winner == 1 else (3, 9)
+        rows.append({
+            "idx": i, "instruction": f"Do {i // 6}", "input": "", "cmp_key": models,
+            **{f"annotator{k + 1}": v for k, v in enumerate(people)},
+            **{f"response{k + 1}": "x" * length for k, length in enumerate(lengths)},
+        })  # fmt: skip
+        judge = winner if draw.random() < accuracy else 3 - winner
+        said.append({"idx": i, "it_result": str(judge) if i else "no idea"})
+    rows[5]["response1"] = True  # such rows are there
+    (folder / "testset-v1.json").write_text(json.dumps(rows))
+    (folder / "it-testset-v1.json").write_text(json.dumps(said))
+    return human_preferences.read_comparisons(folder)
+
+
+def test_people_and_a_judge_are_compared_with_intervals_over_instructions(tmp_path):
+    found = human_preferences.figures(made_up(tmp_path))
+    two = found["agreement"]["person 1, person 2"]
+    assert found["items"] == two["n"] == 240 and found["instructions"] == 40
+    assert abs(two["share"]["mean"] - (0.95**2 + 0.05**2)) < 0.06 and 0.4 < two["chance"] < 0.6
+    assert two["kappa"]["low"] < two["kappa"]["mean"] < two["kappa"]["high"]
+    assert 0.7 < found["clear"]["it"]["mean"] < 0.9
+    assert found["longer"]["people"]["n"] == 239 and found["longer"]["people"]["mean"] > 0.95
+    assert found["verdicts"]["it"]["no verdict"] == 1
+    rates = {row["models"]: row for row in found["win_rates"]["it"]}
+    for row in rates.values():  # the judge's rate is drawn to one half; corrected it is not
+        low, high = row["corrected"]["low"], row["corrected"]["high"]
+        assert low < row["people"]["mean"] < high
+        middle = abs(row["corrected"]["mean"] - 0.5) > abs(row["judged"] - 0.5)
+        assert middle
+
+
+def test_a_win_rate_is_corrected_by_rogan_and_gladen():
+    judged = 0.7 * 0.9 + 0.3 * (1 - 0.75)
+    found = human_preferences.corrected_win_rate(judged, 400, 0.9, 0.75, (300, 300))
+    assert found.mean == pytest.approx(0.7)
+    sure = human_preferences.corrected_win_rate(0.7, 400, 1.0, 1.0, (300, 300))
+    assert sure.high - sure.low == pytest.approx(2 * 1.96 * math.sqrt(0.7 * 0.3 / 400))
+    assert found.high - found.low > sure.high - sure.low
+    assert human_preferences.corrected_win_rate(0.01, 50, 0.8, 0.8, (99, 99)).mean == 0
+    with pytest.raises(DataError, match="coin"):
+        human_preferences.corrected_win_rate(0.5, 50, 0.4, 0.6, (99, 99))
+
+
+def test_the_corrected_interval_covers_the_truth():
+    generator, covered = torch.Generator().manual_seed(1), 0
+
+    def draws(p, n):
+        return (torch.rand(n, generator=generator) < p).double().mean().item()
+
+    for _ in range(300):
+        judged = draws(0.65 * 0.8 + 0.35 * 0.25, 200)
+        found = human_preferences.corrected_win_rate(
+            judged, 200, draws(0.8, 80), draws(0.75, 80), (80, 80)
+        )
+        covered += found.low <= 0.65 <= found.high
+    assert 276 <= covered <= 297
+
+
+def test_rows_without_people_are_refused_with_their_place(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 1, "annotator2": 2}
+    for more, said in (({}, "'annotator3'"), ({"annotator3": 7}, "expected 0, 1 or 2")):
+        file.write_text(json.dumps(row | more))
+        with pytest.raises(DataError, match=f"line 1.*{said}"):
+            human_preferences.read_comparisons(file)
+    with pytest.raises(HubError, match="cannot be reached|no local folder"):
+        human_preferences.read_comparisons("nobody/nothing-of-this-name")
+
+
+# --- a model as judge ---
+
+
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [("1", "1"), (" 2.\n", "2"), ("0", "tie"), ("It is a tie.", "tie"), ("Answer 1", "1"),
+     ("1 or 2", None), ("", None), ("The first", None), ("12", None), ("2.5", None),
+     ("100%", None), ("Answer: **2**", "2"), ("1, since 1 is short", "1")],
+)  # fmt: skip
+def test_a_verdict_is_read_or_is_none(reply, verdict):
+    assert model_judge.read_verdict(reply) == verdict
+
+
+def test_both_orders_are_asked_and_a_taste_for_a_place_is_a_tie_and_counted():
+    def says(rule):
+        def ask(messages):
+            answers = re.findall(r"Answer \d:\n(.*)\n", messages[0]["content"])
+            return model_judge.Reply(rule(answers), 10, 0.5)
+
+        return ask
+
+    fair = says(lambda a: "1" if len(a[0]) > len(a[1]) else "2")
+    found = model_judge.both_orders(fair, "Do", "short", "much longer")
+    assert found.verdict == "2" and found.places == ("2", "1") and found.tokens == 20
+    first = [model_judge.both_orders(says(lambda a: "1"), "Do", "a", "b")] * 3
+    assert {one.verdict for one in first} == {"tie"}
+    report = model_judge.place_report([*first, found])
+    assert report == {"n": 4, "first twice": 0.75, "second twice": 0.0, "orders agree": 0.25}
+    none = model_judge.both_orders(says(lambda a: None), "Do", "a", "b")
+    assert none.verdict is None and model_judge.place_report([none])["n"] == 0
+
+
+GOOD = {"choices": [{"message": {"content": "2"}}], "usage": {"total_tokens": 31}}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A judge's server that plays a list of parts, one a request; `server.asked` is what came."""
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            stub.asked.append((self.path, dict(self.headers), json.loads(body)))
+            part = stub.parts.pop(0) if len(stub.parts) > 1 else stub.parts[0]
+            with contextlib.suppress(ConnectionError):
+                self.play(part)
+
+        def play(self, part):
+            if part == "hangs up":
+                self.connection.close()
+                return
+            if part == "stalls":
+                stub.over.wait(5)
+                return
+            status, sent = part if isinstance(part, tuple) else (200, part)
+            sent = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", f"{stub.address}/elsewhere")
+            self.end_headers()
+            if part != DRIPS:
+                self.wfile.write(sent)
+                return
+            while not stub.over.wait(0.05):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+
+        def log_message(self, *arguments):
+            pass
+
+    stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    stub.asked, stub.parts, stub.over = [], [GOOD], threading.Event()
+    stub.address = f"http://127.0.0.1:{stub.server_port}/v1"
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    yield stub
+    stub.over.set()
+    stub.shutdown()
+    stub.server_close()
+
+
+DRIPS = b"drips"
+ASK = model_judge.judge_messages("Do", "a", "b")
+
+
+def endpoint(server, **options):
+    return model_judge.Endpoint(server.address, "m", **{"timeout": 0.4, "pause": 0.01, **options})
+
+
+def test_a_server_is_asked_in_openai_s_way(server, monkeypatch):
+    monkeypatch.setenv("DPO_MINI_JUDGE_KEY", "secret")
+    reply = endpoint(server)(ASK)
+    assert reply.verdict == "2" and reply.tokens == 31 and reply.problem == ""
+    (path, headers, body), *_ = server.asked
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert body["messages"] == ASK and body["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    "part", ["hangs up", "stalls", DRIPS, (500, b"broken"), (429, b""), b"<html>no</html>", b"",
+             {"choices": []}, {"choices": [{"message": {"content": None}}]}, [1], b"\xff\xfe",
+             (302, b"")],
+)  # fmt: skip
+def test_a_server_that_fails_is_tried_again_and_then_gives_no_verdict(server, part):
+    server.parts = [part, GOOD]
+    assert endpoint(server)(ASK).verdict == "2"  # it came back
+    server.parts, server.asked[:] = [part], []
+    since = time.monotonic()
+    reply = endpoint(server)(ASK)
+    assert reply.verdict is None and "3 times" in reply.problem and time.monotonic() - since < 4
+    assert len(server.asked) == 3 and {path for path, *_ in server.asked} == {
+        "/v1/chat/completions"
+    }
+
+
+@pytest.mark.parametrize("status, said", [(401, "DPO_MINI_JUDGE_KEY"), (404, "/v1"), (400, "name")])
+def test_a_server_that_refuses_is_a_sentence_at_once(server, status, said):
+    server.parts = [(status, b"")]
+    with pytest.raises(model_judge.JudgeError, match=said):
+        endpoint(server)(ASK)
+    assert len(server.asked) == 1
+
+
+def test_rubbish_is_no_tie_and_a_dead_judge_stops_the_run(server, tmp_path):
+    items = made_up(tmp_path, 24)
+    server.parts = [{"choices": [{"message": {"content": "I love both, 1 and 2!"}}]}]
+    with pytest.raises(model_judge.JudgeError, match="no verdict in three items.*no verdict in"):
+        model_judge.judged(endpoint(server), items)
+    assert len(server.asked) == 6
+    nobody = model_judge.Endpoint("http://127.0.0.1:9/v1", "m", timeout=0.4, pause=0.01)
+    with pytest.raises(model_judge.JudgeError, match="three items"):
+        model_judge.judged(nobody, items)
+    with pytest.raises(model_judge.JudgeError, match="no address"):
+        model_judge.Endpoint("file:///etc", "m")(ASK)
+
+
+def test_the_judge_s_command_keeps_figures_and_no_text(server, tmp_path):
+    made_up(tmp_path)
+    command = ["m", "--data", str(tmp_path), "--address", server.address, "--items", "7"]
+    model_judge.main([*command, "--output", str(tmp_path)])
+    text = (tmp_path / "human_judge.json").read_text()
+    found = json.loads(text)
+    assert found["items"] == 7 and "xxx" not in text
+    assert found["wordings"]["S"]["places"]["second twice"] == 1
+    assert len(server.asked) == 28 and found["wordings"]["C"]["tokens"] == 62

@@ -168,7 +168,11 @@ class Agreement(NamedTuple):
 
 
 def share(right: Sequence[bool], groups: Sequence | None = None) -> Estimate:
-    """How often `right` is True, with Wilson's interval; `groups` as in `win_rate`."""
+    """How often `right` is True, with Wilson's interval; `groups` as in `win_rate`. Of no item it
+    is None, without ends.
+    """
+    if not len(right):
+        return Estimate(None, None, None)
     sign = torch.tensor([1.0 if one else -1.0 for one in right], dtype=torch.float64)
     return win_rate(sign, torch.zeros_like(sign), numbered(groups) if groups is not None else None)
 

@@ -7,18 +7,32 @@ chat protocol (`--address http://localhost:8000/v1`; a key in DPO_MINI_JUDGE_KEY
 needed). A verdict that cannot be read is counted as none. It is never taken for a tie.
 """
 
+import argparse
 import json
 import os
+import random
 import re
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from dpo_mini.course import studies
+from dpo_mini.course.human_preferences import (
+    NONE,
+    Comparison,
+    as_dict,
+    clear_agreement,
+    longer_preferred,
+    read_comparisons,
+)
+from dpo_mini.course.labels import agreement, share
 from dpo_mini.data import DataError
 from dpo_mini.models import load_model
 from dpo_mini.tokens import tokenize_prompt
@@ -28,8 +42,8 @@ from dpo_mini.tokens import tokenize_prompt
 WORDINGS = {
     "S": "Which answer follows the instruction better?",
     "C": (
-        "Which answer follows the instruction better, without saying more than is needed? An answer "
-        "that repeats itself or adds what was not asked for is worse."
+        "Which answer follows the instruction better, without saying more than is needed? An "
+        "answer that repeats itself or adds what was not asked for is worse."
     ),
 }
 ENDING = "Reply with one character only: 1 for the first answer, 2 for the second, 0 for a tie."
@@ -45,8 +59,8 @@ def judge_messages(instruction: str, first: str, second: str, wording: str = "S"
 
 
 def read_verdict(reply: str) -> str | None:
-    """The verdict of a reply, "1", "2" or "tie"; None where it names none of them, or more than one."""
-    named = set(re.findall(r"(?<![\w.])[012](?![\w%])", reply))
+    """The verdict of a reply, "1", "2" or "tie"; None where it names none or several of them."""
+    named = set(re.findall(r"(?<![\w.])[012](?![\w%]|\.\d)", reply))
     named |= {"0"} if re.search(r"\b(tie|tied|draw|equal)\b", reply.lower()) else set()
     if len(named) != 1:
         return None
@@ -127,8 +141,15 @@ class Endpoint:
         if not url.startswith(("http://", "https://")):
             raise JudgeError(f"{self.address!r} is no address: it begins with http:// or https://.")
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+        with urllib.request.build_opener(StayHere).open(request, timeout=self.timeout) as reply:
             return read_in_time(reply, self.timeout)
+
+
+class StayHere(urllib.request.HTTPRedirectHandler):
+    """No redirection is followed: the key is for this address alone."""
+
+    def redirect_request(self, *arguments):
+        return None
 
 
 LONGEST_REPLY = 2**20  # bytes
@@ -220,3 +241,67 @@ def place_report(found: Sequence[Judged]) -> dict:
     shares = {name: places.count(both) / n for name, both in count.items()}
     same = sum(one.verdict in ("1", "2") or one.places == ("tie", "tie") for one in found)
     return {"n": len(places), **shares, "orders agree": same / n}
+
+
+# --- the study ---
+
+
+def report(items: Sequence, found: Sequence[Judged]) -> dict:
+    """A judge on items of which people's majority is known: n, accuracy, places, cost."""
+    said = [one.verdict or NONE for one in found]
+    with_it = [replace(c, judges={"it": verdict}) for c, verdict in zip(items, said)]
+    return {
+        "verdicts": dict(Counter(said)),
+        "clear": clear_agreement(with_it, "it"),
+        "agreement": as_dict(
+            agreement(said, [c.majority for c in items], [c.instruction for c in items])
+        ),
+        "places": place_report(found),
+        "longer": longer_preferred(with_it, said),
+        "tokens": sum(one.tokens for one in found) / len(found),
+        "problems": sum(one.verdict is None for one in found),
+    }
+
+
+def short_items(items: Sequence[Comparison], words: int, n: int, seed: int = 0) -> list[Comparison]:
+    """`n` decided items of at most so many words, one of each instruction, in a random order."""
+    drawn = random.Random(seed).sample(list(items), len(items))
+    kept: dict[str, Comparison] = {}
+    for item in drawn:
+        texts = (item.instruction, *map(str, item.answers))
+        if item.majority and sum(len(text.split()) for text in texts) <= words:
+            kept.setdefault(item.instruction, item)
+    return list(kept.values())[:n]
+
+
+def main(argv=None) -> None:
+    command = "python -m dpo_mini.course.model_judge"
+    parser = argparse.ArgumentParser(command, description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="a name, a folder, or the model's name at the address")
+    parser.add_argument("--data", required=True, help="as in dpo_mini.course.human_preferences")
+    parser.add_argument("--address", help="of a server, such as http://localhost:8000/v1")
+    parser.add_argument("--items", type=int, default=60, help="how many items, one an instruction")
+    parser.add_argument(
+        "--words", type=int, default=150, help="of instruction and answers, at most"
+    )
+    parser.add_argument("--output", default="notebooks/results")
+    args = parser.parse_args(argv)
+    ask = Endpoint(args.address, args.model) if args.address else local_judge(args.model)
+    items = short_items(read_comparisons(args.data), args.words, args.items)
+    found = {wording: judged(ask, items, wording) for wording in WORDINGS}
+    same = share([a.verdict == b.verdict for a, b in zip(found["S"], found["C"])])
+    result = {
+        "command": f"{command} {args.model} --data DATA",
+        "model": args.model,
+        "items": len(items),
+        "words": args.words,
+        "wordings agree": {"n": len(items), **same._asdict()},
+        "longer, people": longer_preferred(items, [c.majority for c in items]),
+        "wordings": {wording: report(items, one) for wording, one in found.items()},
+    }
+    with studies.written_aside(Path(args.output) / "human_judge.json") as partial:
+        partial.write_text(json.dumps(studies.rounded(result), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
