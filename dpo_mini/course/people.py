@@ -194,7 +194,8 @@ def run(setting: Labelled, folder: Path | None = None) -> dict:
     }
     wrong = taste_gaps(labelled, setting.name) < 0
     row["labels_against_the_taste"] = wrong.double().mean().item()
-    row["fit"] = sum(r["rewards/accuracies"] for r in log[-5:]) / len(log[-5:])
+    fits = [r["rewards/accuracies"] for r in log if "rewards/accuracies" in r][-5:]
+    row["fit"] = sum(fits) / len(fits)
     return studies.rounded(row)
 
 
