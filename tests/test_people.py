@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from dpo_mini import exact
-from dpo_mini.course import human_preferences, model_judge
+from dpo_mini.course import human_preferences, human_training, model_judge
 from dpo_mini.course import labels as people
+from dpo_mini.course import people as simulated
 from dpo_mini.course.labelling import KEYS, labelling_page
 from dpo_mini.data import DataError, PreferencePair, preference_pairs, read_rows
 from dpo_mini.family import davidson_loss, offset_loss, rao_kupper_loss, soft_label_loss
@@ -533,3 +534,54 @@ def test_the_judge_s_command_keeps_figures_and_no_text(server, tmp_path):
     assert found["items"] == 7 and "xxx" not in text
     assert found["wordings"]["S"]["places"]["second twice"] == 1
     assert len(server.asked) == 28 and found["wordings"]["C"]["tokens"] == 62
+
+
+# --- simulated labellers ---
+
+
+def test_a_simulated_labeller_follows_rao_and_kupper():
+    gaps = torch.tensor([1.5, -1.5, 0.0]).double().repeat_interleave(4000)
+    said = simulated.simulated_verdicts(gaps, threshold=0.5, seed=0)
+    first = [said[i : i + 4000].count("first") / 4000 for i in (0, 4000)]
+    assert first[0] == pytest.approx(1 / (1 + math.exp(-1.0)), abs=0.03)
+    assert first[1] == pytest.approx(1 / (1 + math.exp(2.0)), abs=0.03)
+    ties = said[:4000].count("tie") / 4000
+    assert ties == pytest.approx(1 - 1 / (1 + math.exp(-1.0)) - 1 / (1 + math.exp(2.0)), abs=0.03)
+    assert set(said[8000:]) == {"skip"}
+
+
+def test_a_labeller_at_the_page_presses_the_side_of_its_taste(tmp_path, monkeypatch):
+    by_number = {"sure": lambda texts: torch.tensor([40.0 * ("bad" in text) for text in texts])}
+    monkeypatch.setattr(simulated, "TASTES", by_number)
+    page = page_of(tmp_path)
+    for _ in range(3):
+        page.press(side_of(page, "good"))
+    simulated.label_by_taste(page, PAIRS, "sure")
+    pairs = people.labelled_pairs(page.labels, PAIRS)
+    assert len(page.labels) == len(page.shown) and len(pairs) == 30
+    assert sum("bad" in pair.chosen for pair in pairs) == 27
+
+
+def test_a_model_is_compared_with_a_taste_where_it_has_one():
+    margins, gaps = torch.tensor([1.0, -1.0, 2.0, 0.0]), torch.tensor([3.0, 1.0, 0.0, 1.0])
+    found = simulated.agrees(margins.double(), gaps.double(), ["a", "b", "c", "d"])
+    assert found.mean == pytest.approx(1 / 3)
+
+
+def test_held_out_instructions_share_nothing_with_the_training_ones(tmp_path):
+    items = human_training.usable(made_up(tmp_path), words=40)
+    assert len(items) >= 230 and all(isinstance(a, str) for c in items for a in c.answers)
+    known, unseen = human_training.split_by_instruction(items, 50, 60, seed=1)
+    assert len(known) == 50 and len(unseen) == 60
+    assert not {c.instruction for c in known} & {c.instruction for c in unseen}
+    pair = human_training.chat_pair(items[0])
+    assert pair.chosen[0]["content"] == items[0].answers[int(items[0].majority) - 1]
+
+
+def test_a_linear_reward_learns_the_direction_of_its_pairs():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(20, generator=generator)
+    x = torch.randn(400, 20, generator=generator)
+    x = x * torch.sign(x @ truth)[:, None]
+    weights = human_training.linear_reward(x)
+    assert torch.cosine_similarity(weights, truth, dim=0) > 0.9

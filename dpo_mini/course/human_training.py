@@ -81,8 +81,8 @@ def features(model, pairs: Sequence[TokenizedPair]) -> Tensor:
 
 
 def linear_reward(x: Tensor, penalty: float = 1.0, steps: int = 200) -> Tensor:
-    """The weights [width] of a linear Bradley-Terry reward on differences `x` [pairs, width], scaled
-    to unit length on average, with a ridge penalty.
+    """The weights [width] of a linear Bradley-Terry reward on differences `x` [pairs, width]; its
+    ridge penalty is on differences scaled to length 1.
     """
     scale = x.norm(dim=1).mean()
     weights = torch.zeros(x.shape[1], requires_grad=True)
@@ -91,7 +91,8 @@ def linear_reward(x: Tensor, penalty: float = 1.0, steps: int = 200) -> Tensor:
     def closure():
         optimizer.zero_grad()
         loss = -torch.nn.functional.logsigmoid(x / scale @ weights).sum()
-        (loss + penalty / 2 * weights.square().sum()).backward()
+        loss = loss + penalty / 2 * weights.square().sum()
+        loss.backward()
         return loss
 
     optimizer.step(closure)

@@ -23,6 +23,7 @@ class Page(NamedTuple):
     """What `labelling_page` makes."""
 
     box: object  # the widgets, to be displayed
+    shown: list[people.Showing]  # what is shown, in this order
     labels: list[people.Label]  # those given so far; it grows and shrinks as keys are pressed
     press: Callable[[str], None]  # a key of KEYS: what a button and the keyboard call
 
@@ -91,7 +92,7 @@ def labelling_page(
     for key, button in view.buttons.items():
         button.on_click(lambda _, key=key: press(key))
     draw(f"{len(given)} verdicts were here already." if given else "")
-    return Page(view.box, given, press)
+    return Page(view.box, shown, given, press)
 
 
 class View(NamedTuple):

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from dpo_mini import curation
 from dpo_mini.course import studies
-from dpo_mini.course.labels import Estimate, share
+from dpo_mini.course.labelling import KEYS, Page
+from dpo_mini.course.labels import share
 from dpo_mini.data import PreferencePair
+from dpo_mini.evaluation import Estimate
 from dpo_mini.models import load_model
 from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_prompts, load_reward
@@ -75,6 +77,23 @@ def decided(pairs: Sequence[PreferencePair], verdicts: Sequence[str]) -> list[Pr
     return [p if said == "first" else curation.swapped(p) for p, said in both]
 
 
+def label_by_taste(
+    page: Page, pairs: Sequence[PreferencePair], taste: str, threshold: float = 0.25, seed: int = 0
+) -> None:
+    """A simulated labeller at a labelling page: it presses a key for each pair that is left.
+
+    A repeated pair is judged anew, so that the labeller can contradict itself.
+    """
+    keys = {verdict: key for key, verdict in KEYS.items()}
+    done = len(page.labels)
+    gaps = taste_gaps(pairs, taste)
+    gaps = torch.stack([gaps[showing.item] for showing in page.shown])
+    for showing, said in list(zip(page.shown, simulated_verdicts(gaps, threshold, seed)))[done:]:
+        if said in ("first", "second"):
+            said = "left" if (said == "first") == showing.first_is_left else "right"
+        page.press(keys[said])
+
+
 # --- one labeller, one model ---
 
 
@@ -128,9 +147,9 @@ def agrees(margins: Tensor, gaps: Tensor, prompts: Sequence) -> Estimate:
     return share([bool(margins[i] * gaps[i] > 0) for i in kept], [prompts[i] for i in kept])
 
 
-def pool(seed: int = 0, folder: Path | None = None) -> list[PreferencePair]:
+def pool(seed: int = 0, folder: Path | None = None, prompts: int = 600) -> list[PreferencePair]:
     """Pairs to label, one of each prompt, in an order and on sides of this seed."""
-    pairs = studies.labelled_pairs(load_prompts("train")[:600], 0, folder)
+    pairs = studies.labelled_pairs(load_prompts("train")[:prompts], 0, folder)
     generator = torch.Generator().manual_seed(seed)
     first: dict[str, PreferencePair] = {}
     for i in torch.randperm(len(pairs), generator=generator).tolist():
@@ -139,9 +158,9 @@ def pool(seed: int = 0, folder: Path | None = None) -> list[PreferencePair]:
     return list(first.values())
 
 
-def held_out_pairs(folder: Path | None = None) -> list[PreferencePair]:
-    """Two pairs of each of 150 held-out prompts, all four completions in them."""
-    pairs = studies.labelled_pairs(load_prompts("held_out")[:HELD_OUT], 1000, folder)
+def held_out_pairs(folder: Path | None = None, prompts: int = HELD_OUT) -> list[PreferencePair]:
+    """Two pairs of each of so many held-out prompts, all four completions in them."""
+    pairs = studies.labelled_pairs(load_prompts("held_out")[:prompts], 1000, folder)
     kept: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
         mine = kept.setdefault(pair.prompt, [])
