@@ -2,13 +2,14 @@
 
     python -m dpo_mini.course.people learning_curve
 
-Studies: learning_curve, choosing, graded. Results go to notebooks/results/people_NAME.json.
+Studies: learning_curve, choosing. Results go to notebooks/results/people_NAME.json.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ class Labelled:
 
 
 BATCH = 8
-HELD_OUT, PAIRS_OF_A_PROMPT = 150, 2
+HELD_OUT, PAIRS_OF_A_PROMPT = 100, 2
 
 
 def train_on(pairs: Sequence[PreferencePair], setting: Labelled, loss="dpo"):
@@ -129,14 +130,19 @@ def train_on(pairs: Sequence[PreferencePair], setting: Labelled, loss="dpo"):
     return policy, train_preferences(policy, tokenized, config, loss=loss, beta=setting.beta)
 
 
+def log_ratios(policy, pairs: Sequence[PreferencePair], reference_logps_of: Tensor) -> Tensor:
+    """The log-ratio of each pair's first completion minus that of its second, nats, [pairs]."""
+    _, tokenizer = load_model()
+    tokenized = tokenize_pairs(pairs, tokenizer, policy.config.n_positions)
+    ratios = reference_logps(policy, tokenized) - reference_logps_of
+    return (ratios[:, 0] - ratios[:, 1]).double()
+
+
 def implicit_margins(policy, pairs: Sequence[PreferencePair]) -> Tensor:
-    """The log-ratio of each pair's first completion minus that of its second, nats, [pairs]; the
-    reference is the embedded model.
-    """
+    """`log_ratios` to the embedded model."""
     reference, tokenizer = load_model()
     tokenized = tokenize_pairs(pairs, tokenizer, policy.config.n_positions)
-    ratios = reference_logps(policy, tokenized) - reference_logps(reference, tokenized)
-    return (ratios[:, 0] - ratios[:, 1]).double()
+    return log_ratios(policy, pairs, reference_logps(reference, tokenized))
 
 
 def agrees(margins: Tensor, gaps: Tensor, prompts: Sequence) -> Estimate:
@@ -177,50 +183,60 @@ def unsure(policy, pairs: Sequence[PreferencePair], n: int) -> list[int]:
     return implicit_margins(policy, pairs).abs().argsort()[:n].tolist()
 
 
-def labels_of(setting: Labelled, folder: Path | None = None) -> list[PreferencePair]:
-    """The pairs that this labeller labels, as labelled."""
-    pairs = pool(setting.seed, folder)
-    gaps = taste_gaps(pairs, setting.name)
-    known = [i for i, gap in enumerate(gaps.tolist()) if gap]  # the others are skipped
+@cache
+def asked(taste: str, seed: int, folder: Path | None) -> tuple[list[PreferencePair], Tensor]:
+    """The pool of a seed, without the pairs between which the taste has no preference (they are
+    skipped), and the gaps of the others.
+    """
+    pairs = pool(seed, folder)
+    gaps = taste_gaps(pairs, taste)
+    known = gaps.nonzero().flatten().tolist()
+    return [pairs[i] for i in known], gaps[known]
+
+
+@cache
+def examined(folder: Path | None) -> tuple[list[PreferencePair], dict[str, Tensor], Tensor]:
+    """The held-out pairs, their gaps by each taste, and the reference's log-probabilities."""
+    pairs = held_out_pairs(folder)
+    reference, tokenizer = load_model()
+    tokenized = tokenize_pairs(pairs, tokenizer, reference.config.n_positions)
+    gaps = {taste: taste_gaps(pairs, taste) for taste in TASTES}
+    return pairs, gaps, reference_logps(reference, tokenized)
+
+
+def labels_of(setting: Labelled, folder: Path | None = None) -> tuple[list[PreferencePair], float]:
+    """The pairs that this labeller labels, as labelled; the share labelled against the taste."""
+    pairs, gaps = asked(setting.name, setting.seed, folder)
     said = simulated_verdicts(gaps, seed=setting.seed)
-
-    def labelled(indices):
-        return decided([pairs[i] for i in indices], [said[i] for i in indices])
-
-    if setting.chosen == "random":
-        return labelled(known[: setting.labels])
-    half = setting.labels // 2
-    begun, _ = train_on(labelled(known[:half]), replace(setting, labels=half))
-    rest = known[half:][:WAITING]
-    return labelled(
-        [*known[:half], *(rest[i] for i in unsure(begun, [pairs[i] for i in rest], half))]
-    )
+    chosen = list(range(setting.labels))
+    if setting.chosen == "unsure":
+        half = setting.labels // 2
+        begun, _ = train_on(decided(pairs[:half], said[:half]), replace(setting, labels=half))
+        waiting = unsure(begun, pairs[half : half + WAITING], half)
+        chosen = [*range(half), *(half + i for i in waiting)]
+    against = [(said[i] == "first") != (gaps[i] > 0).item() for i in chosen]
+    labelled = decided([pairs[i] for i in chosen], [said[i] for i in chosen])
+    return labelled, sum(against) / len(against)
 
 
 WAITING = 300  # pairs among which the unsure ones are chosen
 
 
 def run(setting: Labelled, folder: Path | None = None) -> dict:
-    """Label, train, and compare with the taste on held-out prompts: a row of numbers."""
-    held_out = held_out_pairs(folder)
+    """Label, train, and compare with every taste on held-out prompts: a row of numbers."""
+    held_out, gaps, before = examined(folder)
     prompts = [pair.prompt for pair in held_out]
-    labelled = labels_of(setting, folder)
-    policy, log = train_on(labelled, setting)
-    margins = implicit_margins(policy, held_out)
-    row = {"setting": asdict(setting), "labels": len(labelled)}
-    row["agreement"] = {
-        taste: agrees(margins, taste_gaps(held_out, taste), prompts)._asdict() for taste in TASTES
-    }
-    wrong = taste_gaps(labelled, setting.name) < 0
-    row["labels_against_the_taste"] = wrong.double().mean().item()
-    fits = [r["rewards/accuracies"] for r in log if "rewards/accuracies" in r][-5:]
-    row["fit"] = sum(fits) / len(fits)
+    labelled, against = labels_of(setting, folder)
+    policy, _ = train_on(labelled, setting)
+    margins = log_ratios(policy, held_out, before)
+    row = {"setting": asdict(setting), "labels": len(labelled), "against_the_taste": against}
+    row["agreement"] = {t: agrees(margins, gaps[t], prompts)._asdict() for t in TASTES}
     return studies.rounded(row)
 
 
 # --- studies ---
 
-SEEDS, SIZES = 5, (10, 25, 50, 100)
+SEEDS, SIZES = 5, (10, 30, 100)
 STUDIES = {
     "learning_curve": [
         Labelled(taste, n, seed) for seed in range(SEEDS) for taste in TASTES for n in SIZES
