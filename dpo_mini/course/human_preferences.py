@@ -180,6 +180,10 @@ def win_rates(items: Sequence[Comparison], judge: str) -> list[dict]:
         accuracy = [
             sum(c.judges[judge] == c.majority for c in part) / len(part) for part in (wins, losses)
         ]
+        own = {
+            name: [c.judges[judge] == v for c in mine if c.majority == v]
+            for name, v in (("wins", "1"), ("losses", "2"))
+        }
         judged = sum(c.judges[judge] == "1" for c in mine) / len(mine)
         fixed = corrected_win_rate(judged, len(mine), *accuracy, (len(wins), len(losses)))
         people = share([c.majority == "1" for c in mine], [c.instruction for c in mine])
@@ -187,6 +191,7 @@ def win_rates(items: Sequence[Comparison], judge: str) -> list[dict]:
             "models": models, "n": len(mine), "people": people._asdict(), "judged": judged,
             "right_of_wins": accuracy[0], "right_of_losses": accuracy[1],
             "corrected": fixed._asdict(),
+            "own": {name: sum(right) / max(1, len(right)) for name, right in own.items()},
         })  # fmt: skip
     return table
 
