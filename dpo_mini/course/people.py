@@ -236,14 +236,14 @@ def run(setting: Labelled, folder: Path | None = None) -> dict:
 
 # --- studies ---
 
-SEEDS, SIZES = 5, (10, 30, 100)
+SEEDS, SIZES = 3, (10, 30, 100)
 STUDIES = {
     "learning_curve": [
         Labelled(taste, n, seed) for seed in range(SEEDS) for taste in TASTES for n in SIZES
     ],
     "choosing": [
         Labelled(taste, 100, seed, chosen="unsure")
-        for seed in range(SEEDS) for taste in ("kinder", "shorter")
+        for seed in range(SEEDS) for taste in ("kinder",)
     ],
 }  # fmt: skip
 
