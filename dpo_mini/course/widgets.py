@@ -174,12 +174,11 @@ def pair_to_label(
     Whatever a text or the question holds is shown as it is written: nothing in it runs as HTML.
     """
     ends = (pair.chosen, pair.rejected) if chosen_is_left else (pair.rejected, pair.chosen)
-    cells = "".join(
-        f"<td style='width:50%;vertical-align:top'>{escape(as_text(e))}</td>" for e in ends
-    )
+    style = "width:50%;vertical-align:top;text-align:left;padding:6px 12px;border:1px solid #7F7F7F"
+    cells = "".join(f"<td style='{style}'>{escape(as_text(e))}</td>" for e in ends)
     return (
         f"<p>Pair {number} of {of}: <b>{escape(as_text(pair.prompt))}</b> … "
-        f"{escape(question)}</p><table><tr>{cells}</tr></table>"
+        f"{escape(question)}</p><table style='width:100%'><tr>{cells}</tr></table>"
     )
 
 
