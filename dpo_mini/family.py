@@ -6,6 +6,7 @@ chosen and rejected, in nats. Where a loss divides by lengths, |y| counts the to
 completion, its EOS included.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -160,6 +161,64 @@ def unlikelihood_loss(logps: PairLogps, alpha: float = 0.1) -> Tensor:
     It has no lower bound: nothing says when the rejected completion is unlikely enough.
     """
     return -logps.chosen + alpha * logps.rejected
+
+
+# --- with more than a yes or no: each takes a second tensor [batch], what the label says ---
+
+
+def soft_label_loss(logps: PairLogps, probability: Tensor, beta: float = 0.1) -> Tensor:
+    """-p log sigmoid(h) - (1 - p) log sigmoid(-h), h = beta (r_w - r_l): the cross-entropy to the
+    `probability` p that the chosen completion is preferred.
+
+    cDPO with a p of each pair's own, such as sigmoid(gap of two rewards) or the share of people who
+    chose it; Furuta et al. 2024 (arXiv 2409.06691), section 3, call it conservative DPO with soft
+    labels. Its minimum is at h = logit p, so that beta sets the margin: logit(p) / beta.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    gap = chosen - rejected
+    return -probability * F.logsigmoid(gap) - (1 - probability) * F.logsigmoid(-gap)
+
+
+def offset_loss(logps: PairLogps, offset: Tensor, beta: float = 0.1) -> Tensor:
+    """-log sigmoid(beta (r_w - r_l) - offset): the chosen must be ahead by at least `offset`.
+
+    Amini et al. 2024 (ODPO, arXiv 2402.10571); the offset is an increasing function of the gap. It
+    moves the curve and gives it no minimum: as in DPO, the margin of a certain pair has no limit.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    return -F.logsigmoid(chosen - rejected - offset)
+
+
+def rao_kupper_loss(
+    logps: PairLogps, tied: Tensor, beta: float = 0.1, threshold: float = 0.5
+) -> Tensor:
+    """-log sigmoid(h - a) of a win and -log((exp(2 a) - 1) sigmoid(h - a) sigmoid(-h - a)) of a tie
+    (`tied`, bool), h = beta (r_w - r_l), a = `threshold` > 0: a smaller gap is seldom seen.
+
+    Rao and Kupper 1967; on policies Chen et al. 2024 (arXiv 2409.17431). Of a tie, which of the two
+    is called chosen does not matter.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    gap = chosen - rejected
+    if_tied = -F.logsigmoid(-gap - threshold) - math.log(math.expm1(2 * threshold))
+    return -F.logsigmoid(gap - threshold) + torch.where(tied, if_tied, 0)
+
+
+def davidson_loss(
+    logps: PairLogps, tied: Tensor, beta: float = 0.1, tie_weight: float = 1.0
+) -> Tensor:
+    """-log(exp(h / 2) / s) of a win and -log(nu / s) of a tie (`tied`, bool), with s = exp(h / 2) +
+    exp(-h / 2) + nu, h = beta (r_w - r_l), nu = `tie_weight` > 0.
+
+    Davidson 1970; on policies Chen et al. 2024 (arXiv 2409.17431). Given that there is no tie it is
+    Bradley-Terry: pairs without ties are then a fair sample of DPO's, which they are not in Rao and
+    Kupper's model.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    half = (chosen - rejected) / 2
+    log_weight = torch.full_like(half, math.log(tie_weight))
+    total = torch.stack([half, -half, log_weight]).logsumexp(0)
+    return total - torch.where(tied, log_weight, half)
 
 
 LOSSES = {

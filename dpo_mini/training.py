@@ -220,6 +220,19 @@ def preference_objective(loss: Callable[[PairLogps], Tensor], beta: float) -> Ob
     return Objective(policy_and_reference, loss, lambda logps: preference_metrics(logps, beta))
 
 
+def graded_objective(loss: Callable[[PairLogps, Tensor], Tensor], beta: float) -> Objective:
+    """Items are (TokenizedPair, (reference logps), grade); `loss(logps, grades)` takes what each
+    pair's label says besides its order, tensor [pairs]: a probability, an offset, a tie.
+    """
+    plain = preference_objective(lambda logps: logps, beta)
+
+    def with_grades(model, items) -> tuple[PairLogps, Tensor]:
+        logps = plain.logps(model, [item[:2] for item in items])
+        return logps, torch.tensor([item[2] for item in items], device=logps.chosen.device)
+
+    return Objective(with_grades, lambda both: loss(*both), lambda both: plain.metrics(both[0]))
+
+
 def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> Objective:
     """Items are (LabelledCompletion, (reference logp of the completion, of the other)); `loss` as
     `kto_loss`.

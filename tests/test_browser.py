@@ -59,6 +59,16 @@ def serve(tmp_path):
             time.sleep(0.5)
         raise TimeoutError(f"{module} did not answer")
 
+    def kill():
+        """End the last server and its kernels at once, as a power cut would."""
+        import psutil
+
+        server = servers.pop()
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.kill()
+        server.wait()
+
+    start.kill = kill
     yield start
     for server in servers:
         server.terminate()
@@ -142,3 +152,56 @@ def test_the_beta_slider_of_voila_moves_the_picture(serve, page, tmp_path):
     address = serve("voila", notebook, "--port={port}")
     page.goto(address)
     move_beta_and_compare(page, "voila")
+
+
+LABELLING = """
+from pathlib import Path
+from dpo_mini.course.labelling import labelling_page
+from dpo_mini.data import PreferencePair
+bad = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
+pairs = [PreferencePair(f"Film {i} {bad}", f" good{i} {bad}", f" bad{i} {bad}") for i in range(20)]
+page = labelling_page(pairs, Path(FOLDER) / "mine.jsonl", question="Which one? " + bad)
+page.box
+"""
+
+
+def test_labelling_by_keyboard_alone_survives_a_kill(serve, page, tmp_path):
+    import nbformat
+
+    from dpo_mini.data import preference_pairs, read_rows
+
+    pytest.importorskip("voila", reason="voila is not installed")
+    code = LABELLING.replace("FOLDER", repr(str(tmp_path)))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    path, labels = tmp_path / "label.ipynb", tmp_path / "mine.jsonl"
+    nbformat.write(notebook, path)
+
+    def label(keys, begin):
+        """Open the page, reach the box by the tabulator, press the keys one by one."""
+        page.goto(serve("voila", path, "--port={port}", PYTHONPATH=str(ROOT)))
+        page.locator("text=Pair").first.wait_for()
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.tagName") == "INPUT":
+                break
+        for n, key in enumerate(keys, start=begin):
+            wanted = f"Pair {n} of"
+            page.wait_for_function(f"document.body.innerText.includes('{wanted}')")
+            page.wait_for_timeout(400)  # as long as a very fast reader
+            page.keyboard.press(key)
+        after = f"Pair {begin + len(keys)} of"
+        page.wait_for_function(f"document.body.innerText.includes('{after}')")
+        assert page.evaluate("window.ran") is None, "a text ran as HTML"
+        assert page.locator("td").count() == 2
+
+    label("12312", 1)
+    rows = read_rows(labels)
+    assert [row["verdict"] for row in rows] == ["left", "right", "tie", "left", "right"]
+    serve.kill()
+    label("142", 6)
+    after = read_rows(labels)
+    assert after[:5] == rows and [r["verdict"] for r in after[5:]] == ["left", "skip", "right"]
+    assert len(preference_pairs(read_rows(tmp_path / "mine.pairs.jsonl"))) >= 5
+    artefacts = ROOT / "runs" / "browser"
+    artefacts.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=artefacts / "labelling.png")

@@ -11,6 +11,7 @@ import torch
 from dpo_mini import exact
 from dpo_mini.course.plots import BLUE, GREEN, ORANGE, VERMILION
 from dpo_mini.course.svg import GREY, Panel, picture, small_multiples
+from dpo_mini.data import as_text
 
 # A world of eight answers, used wherever the course needs one at a glance.
 REFERENCE = torch.tensor([0.22, 0.18, 0.16, 0.14, 0.11, 0.09, 0.06, 0.04]).double().log()
@@ -161,13 +162,23 @@ def explore(draw: Callable[..., str], still: Sequence[float] = (), **sliders: tu
     return box
 
 
-def pair_to_label(pair, number: int, of: int, chosen_is_left: bool = True) -> str:
-    """A pair as a labeller sees it, HTML: the prompt, then the two completions side by side."""
+def pair_to_label(
+    pair,
+    number: int,
+    of: int,
+    chosen_is_left: bool = True,
+    question: str = "Which one is the more positive review?",
+) -> str:
+    """A pair as a labeller sees it, HTML: the prompt, then the two completions side by side.
+
+    Whatever a text or the question holds is shown as it is written: nothing in it runs as HTML.
+    """
     ends = (pair.chosen, pair.rejected) if chosen_is_left else (pair.rejected, pair.chosen)
-    cells = "".join(f"<td style='width:50%;vertical-align:top'>{escape(e)}</td>" for e in ends)
+    style = "width:50%;vertical-align:top;text-align:left;padding:6px 12px;border:1px solid #7F7F7F"
+    cells = "".join(f"<td style='{style}'>{escape(as_text(e))}</td>" for e in ends)
     return (
-        f"<p>Pair {number} of {of}: <b>{escape(pair.prompt)}</b> … "
-        f"Which one is the more positive review?</p><table><tr>{cells}</tr></table>"
+        f"<p>Pair {number} of {of}: <b>{escape(as_text(pair.prompt))}</b> … "
+        f"{escape(question)}</p><table style='width:100%'><tr>{cells}</tr></table>"
     )
 
 
