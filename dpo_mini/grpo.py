@@ -35,8 +35,8 @@ SCALES = ("group", "batch", "none")
 
 # --- rewards that a program can check: pure functions of a text ---
 
-FIRST_SENTENCE = re.compile(r"(.*?)[.!?](?=\s|$)", flags=re.DOTALL)
-WORD = re.compile(r"[^\W_][\w'’-]*")
+FIRST_SENTENCE = re.compile(r"(.*?)[.!?]+[\"'”’)]*(?=\s|$)", flags=re.DOTALL)
+WORD = re.compile(r"[^\W_](?:[\w'’.-]*\w)?")
 
 
 def first_sentence_has(text: str, words: int) -> bool:
