@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from dpo_mini.course.frontier import over_seeds
 from dpo_mini.course.studies import (
     columns,
     labelled_pairs,
@@ -28,14 +27,14 @@ from dpo_mini.curation import pairs_from_samples
 from dpo_mini.demo import DEMO_CONFIG
 from dpo_mini.evaluation import distinct_n, mean_interval, pass_at_k, sequence_kl
 from dpo_mini.grpo import GRPOConfig, first_sentence_has, grpo, verified_reward
+from dpo_mini.losses import dpo_loss
 from dpo_mini.models import context_length, load_model
-from dpo_mini.rewards import load_prompts, load_reward
+from dpo_mini.reference import reference_logps
+from dpo_mini.rewards import load_prompts
 from dpo_mini.rlhf import ScalarModel, reward_objective
 from dpo_mini.sampling import sample_completions
 from dpo_mini.tokens import tokenize_pairs
 from dpo_mini.training import preference_objective, train, train_preferences
-from dpo_mini.losses import dpo_loss
-from dpo_mini.reference import reference_logps
 
 WORDS, LIMIT = 4, 12  # of the first sentence; tokens of a completion
 GRPO = GRPOConfig(steps=12, batch_size=64, num_generations=8, learning_rate=4e-4,
@@ -90,7 +89,7 @@ def measured(policy, reference, tokenizer, seed: int, asked=ASKED, n=TRIES) -> d
     """Where a policy stands on held-out prompts: pass@k, KL, how varied its passes are."""
     prompts = load_prompts("held_out")[:asked]
     drawn, passed = tries(policy, tokenizer, prompts, n, seed + 1)
-    kl = sequence_kl(policy, reference, [c for row in drawn for c in row[:4]])
+    kl = sequence_kl(policy, reference, [c for row in drawn for c in row[:3]])
     ks = [k for k in (1, 2, 4, 8, 16) if k <= n]
     good = [c.text for row, ok in zip(drawn, passed) for c, yes in zip(row, ok) if yes]
     return {
@@ -197,14 +196,6 @@ def two_rewards(run: Run, folder: Path) -> dict:
 @torch.no_grad()
 def accuracies(sets: dict, margins) -> dict:
     return {name: (margins(some) > 0).double().mean().item() for name, some in sets.items()}
-
-
-# --- reading and writing ---
-
-
-def over(runs, number) -> tuple:
-    """Mean and interval over seeds of `number(methods of a run)`."""
-    return over_seeds([number(run["methods"]) for run in runs])
 
 
 STUDIES = {"verified": verified, "two_rewards": two_rewards}
