@@ -39,13 +39,13 @@ FIRST_SENTENCE = re.compile(r"(.*?)[.!?]+[\"'”’)]*(?=\s|$)", flags=re.DOTALL
 WORD = re.compile(r"[^\W_](?:[\w'’.-]*\w)?")
 
 
-def first_sentence_has(text: str, words: int) -> bool:
-    """Whether `text` has a first sentence, one that ends, of exactly so many words.
+def first_sentence_words(text: str) -> int | None:
+    """How many words the first sentence of `text` has; None where no sentence ends.
 
-    first_sentence_has(" was a real joy! I", 4) is True. A dot inside a number ends nothing.
+    first_sentence_words(" was a real joy! I") is 4. A dot inside a number ends nothing.
     """
     found = FIRST_SENTENCE.match(text)
-    return found is not None and len(WORD.findall(found[1])) == words
+    return None if found is None else len(WORD.findall(found[1]))
 
 
 def lacks_letter(text: str, letter: str, words: int) -> bool:
