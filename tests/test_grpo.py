@@ -14,6 +14,7 @@ import torch
 from conftest import make_gpt2
 
 from dpo_mini import exact, grpo
+from dpo_mini.course import verified
 from dpo_mini.evaluation import pass_at_k
 from dpo_mini.grpo import (
     GRPOConfig,
@@ -25,6 +26,7 @@ from dpo_mini.grpo import (
     verified_reward,
 )
 from dpo_mini.logprobs import token_logps
+from dpo_mini.rewards import load_prompts
 from dpo_mini.sampling import Completion
 from dpo_mini.settings import SettingsError, TrainingError
 from dpo_mini.tokens import collate
@@ -55,6 +57,20 @@ def test_a_verified_reward_reads_the_completion_alone():
     completions = [Completion("A. B.", text, [0], [1]) for text in (" one two.", " one.")]
     found = verified_reward(lambda text: first_sentence_words(text) == 2)(completions)
     assert found.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "text, passed",
+    [(" Yes.", True), (" was a real joy! I", True), (" was not a real joy!", False), ("...", False),
+     (" was a joy", False)],
+)  # fmt: skip
+def test_the_task_of_chapter_17(text, passed):
+    assert verified.passes(text) is passed
+
+
+def test_the_other_prompts_are_apart_from_the_courses():
+    known = set(load_prompts("train")) | set(load_prompts("held_out"))
+    assert len(verified.OTHER_PROMPTS) == len(set(verified.OTHER_PROMPTS) - known) == 50
 
 
 # --- pass@k ---

@@ -124,7 +124,8 @@ def watch(reference, tokenizer, seed: int, before: dict):
 
 def dpo_on_verified_pairs(policy, reference, tokenizer, prompts, rounds: int, seed: int, monitor):
     """As many samples as GRPO has, in `rounds`: sampled from the policy as it then is, paired pass
-    with fail of the same prompt, and DPO on the pairs. Returns the log, a row a round.
+    with fail of the same prompt, and DPO on the pairs. Returns the log: where the policy was
+    watched, before, in the middle and at the end.
     """
     log = [{"step": 0}]
     log[0] |= monitor(policy, log)
@@ -133,18 +134,16 @@ def dpo_on_verified_pairs(policy, reference, tokenizer, prompts, rounds: int, se
         mine = prompts[k * n_prompts : (k + 1) * n_prompts]
         drawn, passed = tries(policy, tokenizer, mine, GRPO.num_generations, 1000 * seed + k)
         pairs, _ = pairs_from_samples(drawn, passed.flatten().double(), tokenizer=tokenizer)
-        if not pairs:  # no prompt with a pass and a fail
-            continue
         pairs = tokenize_pairs(pairs, tokenizer, context_length(policy))
         items = list(zip(pairs, reference_logps(reference, pairs).tolist()))
         objective = preference_objective(lambda logps: dpo_loss(logps, 0.1), 0.1)
-        config = replace(
-            DEMO_CONFIG, steps=DPO_STEPS // rounds, block_size=1, learning_rate=2e-4,
-            warmup_steps=2, schedule="constant", seed=seed + k,
-        )  # fmt: skip
-        train(policy, items, objective, config)
-        log.append({"step": k + 1, "pairs": len(pairs)})
-        if k + 1 in (rounds // 2, rounds):
+        for half in range(2 // rounds):  # the optimiser begins anew, at a constant rate
+            config = replace(
+                DEMO_CONFIG, steps=DPO_STEPS // 2, block_size=1, learning_rate=2e-4,
+                warmup_steps=2, schedule="constant", seed=2 * seed + half,
+            )  # fmt: skip
+            train(policy, items, objective, config)
+            log.append({"step": len(log), "pairs": len(pairs)})
             log[-1] |= monitor(policy, log)
     return log
 
