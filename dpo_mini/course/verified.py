@@ -34,6 +34,7 @@ from dpo_mini.reference import reference_logps
 from dpo_mini.rewards import load_prompts
 from dpo_mini.rlhf import ScalarModel, reward_objective
 from dpo_mini.sampling import sample_completions
+from dpo_mini.settings import check_whole
 from dpo_mini.tokens import tokenize_pairs
 from dpo_mini.training import preference_objective, train, train_preferences
 
@@ -219,10 +220,13 @@ STUDIES = {"verified": verified, "two_rewards": two_rewards}
 
 def main(argv=None) -> None:
     module = "dpo_mini.course.verified"
-    args = study_parser(module, __doc__, STUDIES).parse_args(argv)
-    settings, work = seeds([Run(args.name)], 5), STUDIES[args.name]
+    parser = study_parser(module, __doc__, STUDIES)
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    args = parser.parse_args(argv)
+    check_whole("seeds", args.seeds, 2, 5, "Try 5: an interval needs two.")
+    settings, work = seeds([Run(args.name)], args.seeds), STUDIES[args.name]
     results = study(args.name, settings, work, Path(args.folder), args.workers)
-    store(args.name, module, results, Path(args.output))
+    store(args.name, f"{module} --seeds {args.seeds}", results, Path(args.output))
 
 
 if __name__ == "__main__":
