@@ -53,7 +53,7 @@ VARIANTS = {
 }
 ROUNDS = {"DPO": 1, "DPO in rounds": 2}
 DPO_STEPS = 12
-ASKED, TRIES = 32, 8  # held-out prompts, and samples of each
+ASKED, TRIES = 24, 8  # held-out prompts, and samples of each
 
 PROMPTS = 60  # of each four completions, for the two rewards
 # Openings of other texts than film reviews: what no pair of the course's prompts is about.
