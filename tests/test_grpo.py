@@ -437,6 +437,23 @@ def test_where_every_reward_is_alike_nothing_moves(world, words):
     assert all(map(torch.equal, policy.parameters(), world.policy.parameters()))
 
 
+def test_a_completion_is_compared_with_its_own_prompts(world, words):
+    """A reward that depends on the prompt alone teaches nothing."""
+    world.reward = lambda completions: torch.tensor([float(c.prompt == "") for c in completions])
+    log, policy = trained(world, words, steps=3)
+    assert 0 < log[1]["score"] < 1
+    assert all(map(torch.equal, policy.parameters(), world.policy.parameters()))
+
+
+def test_another_seed_draws_other_completions(world, words):
+    policy, config = copy.deepcopy(world.policy), dataclasses.replace(CONFIG, steps=1, seed=1)
+    args = world.reference, words, [""], world.reward
+    (_, one) = grpo.grpo(policy, *args, dataclasses.replace(config, batch_size=16))
+    policy = copy.deepcopy(world.policy)
+    (_, other) = grpo.grpo(policy, *args, dataclasses.replace(config, batch_size=16, seed=2))
+    assert (one["score"], one["length"]) != (other["score"], other["length"])
+
+
 def test_the_log_calls_the_monitor_and_a_run_is_its_seed(world, words):
     calls = []
 
