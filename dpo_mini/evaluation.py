@@ -195,6 +195,21 @@ def preference_accuracy(margins: Tensor, groups: Sequence | None = None) -> Esti
     return mean_interval((1 + torch.sign(margins)) / 2, groups)
 
 
+def pass_at_k(passed: Tensor, k: int) -> Tensor:
+    """P(at least one of `k` samples passes) of each prompt, [prompts], from the n >= k samples of
+    `passed` [prompts, n] (1 or True: it passed). The mean over prompts is pass@k.
+
+    1 - C(n - c, k) / C(n, k) with c passes: the share of all choices of k among the n that hold a
+    pass, so that it is unbiased, as 1 - (1 - c / n)^k is not (Chen et al. 2021, arXiv 2107.03374).
+    Raises SettingsError for a k that is not from 1 to n.
+    """
+    n = passed.shape[1]
+    check_whole("k", k, 1, n, f"There are {n} samples of each prompt.")
+    counts = passed.long().sum(1).tolist()
+    chosen = [1 - math.comb(n - c, k) / math.comb(n, k) for c in counts]
+    return torch.tensor(chosen, dtype=torch.float64)
+
+
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Different n-grams of words over all n-grams: 1 where nothing repeats (Li et al. 2016, arXiv
     1510.03055).

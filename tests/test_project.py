@@ -97,7 +97,7 @@ def test_no_floor_imports_a_floor_above_it():
         ["exactness", "logprobs", "fast_logprobs", "sampling", "rewards", "fetch"],
         ["reference", "curation"],
         ["training", "evaluation"],
-        ["rlhf", "online", "demo"],
+        ["rlhf", "online", "demo", "grpo"],
         ["cli", "verbs", "sources", "options", "outputs", "console", "__main__"],
     ]
     height = {room: i for i, rooms in enumerate(floors) for room in rooms}

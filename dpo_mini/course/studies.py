@@ -278,7 +278,7 @@ def mark(setting: Setting) -> str:
 def brief(result: dict) -> str:
     report = result.get("report")
     if not report:
-        return result["error"]
+        return result.get("error", "done")
     means = {k: report[k]["mean"] for k in ("reward_policy", "judge_policy", "kl")}
     return "P(positive) {reward_policy:.3f}, judge {judge_policy:.3f}, KL {kl:.2f}".format(**means)
 
