@@ -3,7 +3,7 @@ stored runs that are near each other in KL.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from dpo_mini.course.frontier import over_seeds
 from dpo_mini.evaluation import Estimate
 
 
-def comparison_counts(
-    rewards: Tensor, n: int, turned: float, generator: torch.Generator
-) -> Tensor:
+def comparison_counts(rewards: Tensor, n: int, turned: float, generator: torch.Generator) -> Tensor:
     """How often i beat j among `n` comparisons of two different completions, [Y, Y], float64.
 
     All different pairs are equally likely. The winner is drawn as Bradley and Terry (1952) say, and
@@ -40,7 +38,8 @@ def fitted_rewards(
     P(i beats j) = (1 - turned) sigmoid(r_i - r_j) + turned sigmoid(r_j - r_i); with `turned` 0 this
     is Bradley-Terry. `features` [Y, k]: only rewards that are linear in them, else any. A ridge of
     1e-3 keeps the reward finite of a completion that never lost, and is lost beside the counts of
-    all others. With the information matrix in the place of the Hessian, each step goes uphill.
+    all others. The steps use the expected information in the place of the Hessian, which is never
+    negative, and no step is longer than 2.
     """
     size = len(counts)
     design = torch.eye(size, dtype=counts.dtype) if features is None else features
@@ -56,24 +55,29 @@ def fitted_rewards(
         laplacian = torch.diag(information.sum(1)) - information
         matrix = design.T @ laplacian @ design + 1e-3 * torch.eye(len(weights), dtype=p.dtype)
         step = torch.linalg.solve(matrix, design.T @ score - 1e-3 * weights)
-        weights = weights + step * min(1.0, 2.0 / step.abs().max().item()) if step.any() else weights
-        if step.abs().max() < 1e-9:
+        longest = step.abs().max().item()
+        weights = weights + step * min(1.0, 2.0 / max(longest, 2.0))
+        if longest < 1e-8:
             break
     rewards = design @ weights
     return rewards - rewards.mean()
 
 
-def below_frontier(logps: Tensor, reference: Tensor, rewards: Tensor) -> float:
-    """How much expected reward the policy lacks beside the best policy of its own KL, 0 or more.
-
-    That one is pi*_beta for some beta (facts of notebook 05), found by bisection.
+def policy_at(kl: float, reference: Tensor, rewards: Tensor) -> Tensor:
+    """log pi_ref exp(r / beta) / Z, [Y], with the beta that makes its KL from pi_ref equal to `kl`
+    (found by bisection; the KL falls as beta rises).
     """
-    kl, low, high = exact.kl(logps, reference), 1e-3, 1e4
-    for _ in range(80):
+    low, high = 1e-3, 1e4
+    for _ in range(60):
         middle = math.sqrt(low * high)
         beyond = exact.kl(exact.optimal_policy(reference, rewards, middle), reference) > kl
         low, high = (middle, high) if beyond else (low, middle)
-    best = exact.optimal_policy(reference, rewards, high)
+    return exact.optimal_policy(reference, rewards, high)
+
+
+def below_frontier(logps: Tensor, reference: Tensor, rewards: Tensor) -> float:
+    """How much expected reward the policy lacks beside the best policy of its own KL, 0 or more."""
+    best = policy_at(exact.kl(logps, reference), reference, rewards)
     return (exact.expectation(best, rewards) - exact.expectation(logps, rewards)).item()
 
 
@@ -82,6 +86,13 @@ def interval(values: Sequence[float]) -> Estimate:
     values = torch.tensor(values, dtype=torch.float64)
     half = 1.96 * values.std().item() / math.sqrt(len(values))
     return Estimate(values.mean().item(), values.mean().item() - half, values.mean().item() + half)
+
+
+def with_bars(estimates: Iterable[Estimate]) -> tuple[list[float], list[list[float]]]:
+    """Means, and the lengths of their error bars below and above, as matplotlib takes them."""
+    estimates = list(estimates)
+    bars = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
+    return [e.mean for e in estimates], bars
 
 
 def near_differences(
