@@ -24,6 +24,7 @@ from dpo_mini.outputs import (
     base_model,
     empty_of_earlier_run,
     is_main_process,
+    pairs_of_run,
     prepare_file,
     prepare_folder,
     refuse_own_input,
@@ -555,6 +556,48 @@ class Prompts(OutputOptions):
         return counts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export(OutputOptions):
+    """hand a finished run over to another tool, or a trained model to those who run models"""
+
+    of: str = option("runs/train", "the --output of train or demo", metavar="FOLDER")
+    to: Literal["trl", "llama-factory", "axolotl", "unsloth", "ollama", "hub"] = option(
+        "trl", "which tool"
+    )
+    model: str | None = option(None, "what the run was trained from (default: as its card says)")
+    pairs: str | None = option(None, "the pairs it was trained on (default: as its card says)")
+    split: str = option("train", "which split of --pairs, where it has splits")
+    tool_version: str | None = option(None, "write for this version (default: the installed one)")
+    outtype: Literal["f32", "f16", "bf16", "q8_0"] = option("q8_0", "ollama: numbers of the GGUF")
+    converter: str | None = option(
+        None, "ollama: llama.cpp's convert_hf_to_gguf.py", metavar="FILE"
+    )
+    push_to_hub: str | None = option(None, "hub: send it there, as user/name", metavar="NAME")
+    output: str = option("runs/export", OUTPUT)
+
+    def run(self) -> dict:
+        from dpo_mini import export, publish
+
+        folder = prepare_folder(self.output, overwrite=self.overwrite)
+        refuse_own_input(folder, self.of)
+        base = self.model or base_model(self.of)[0]
+        if self.to in export.VERSIONS:
+            pairs = self.pairs or pairs_of_run(self.of)
+            run = export.read_run(self.of, base, pairs, self.split)
+            report = export.export(run, self.to, folder, self.tool_version)
+            if report.get("other_ids"):
+                say(self, f"{report['other_ids']} of {report['pairs']} pairs get other token ids "
+                          f"in {self.to}: see README.md there.")  # fmt: skip
+            say(self, f"Next: cd {self.output} && {report['run']}")
+        elif self.to == "ollama":
+            report = publish.for_ollama(self.of, folder, self.outtype, self.converter)
+            say(self, f"Next: cd {self.output} && {report['run']}")
+        else:
+            report = publish.for_hub(self.of, folder, base, self.push_to_hub)
+            say(self, report["said"])
+        return report | {"output": self.output}
+
+
 # --- round about ---
 
 
@@ -627,7 +670,7 @@ class Fetch(Options):
 
 VERBS = {
     "demo": Demo, "sft": Sft, "pairs": Pairs, "train": Train, "evaluate": Evaluate,
-    "sample": Sample, "fetch": Fetch, "cool": Cool, "lab": Lab, "env": Env,
+    "sample": Sample, "export": Export, "fetch": Fetch, "cool": Cool, "lab": Lab, "env": Env,
     "pretrain": Pretrain, "judges": Judges, "prompts": Prompts,
 }  # fmt: skip
 
