@@ -86,10 +86,10 @@ def read_run(folder, base: str, pairs: str, split: str = "train") -> FinishedRun
         )
     names = {f.name for f in fields(TrainingConfig)}
     config = TrainingConfig(**{k: v for k, v in identity.items() if k in names})
-    options = {k: identity[k] for k in ("beta", "label_smoothing", "gamma", "alpha") if k in identity}
-    return FinishedRun(
-        config, loss, options, identity["lora"], base, tokenized, tokenizer, log[1:]
-    )
+    options = {
+        k: identity[k] for k in ("beta", "label_smoothing", "gamma", "alpha") if k in identity
+    }
+    return FinishedRun(config, loss, options, identity["lora"], base, tokenized, tokenizer, log[1:])
 
 
 def known_version(tool: str, asked: str | None = None) -> str:
@@ -328,7 +328,12 @@ def write_llama_factory(run: FinishedRun, tool: str, folder: Path, model: str) -
         texts = literal(pair, run.tokenizer)
         rows.append({"instruction": texts.pop("prompt"), "input": "", **texts})
     (folder / "pairs.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
-    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    columns = {
+        "prompt": "instruction",
+        "query": "input",
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
     info = {"dpo_mini": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
     settings = {

@@ -166,7 +166,9 @@ def for_hub(trained, folder, base: str, push_to: str | None = None) -> dict:
     else:
         api = HfApi()
         api.create_repo(push_to, exist_ok=True)
-        api.upload_folder(repo_id=push_to, folder_path=folder, commit_message="Trained with dpo_mini")
+        api.upload_folder(
+            repo_id=push_to, folder_path=folder, commit_message="Trained with dpo_mini"
+        )
         said = f"The folder is at {push_to} on the Hub."
     return {"files": sorted(p.name for p in folder.iterdir()), "said": said}
 

@@ -98,9 +98,7 @@ class Demo(TrainingOptions, OutputOptions):
     held_out: int | None = option(
         None, "held-out prompts to evaluate on (default: 256; of a real model 128)"
     )
-    beta: float | None = option(
-        None, f"{BETA} (default: 0.45; of a real model 0.1)", above=0
-    )
+    beta: float | None = option(None, f"{BETA} (default: 0.45; of a real model 0.1)", above=0)
     output: str = option("runs/demo", OUTPUT)
     DERIVED: ClassVar = dict.fromkeys(
         ("steps", "batch_size", "block_size", "learning_rate", "monitor_every"),
@@ -572,6 +570,9 @@ class Export(OutputOptions):
     converter: str | None = option(
         None, "ollama: llama.cpp's convert_hf_to_gguf.py", metavar="FILE"
     )
+    chat: bool = option(
+        False, "ollama: what is typed is a user's message, put through the model's chat template"
+    )
     push_to_hub: str | None = option(None, "hub: send it there, as user/name", metavar="NAME")
     output: str = option("runs/export", OUTPUT)
 
@@ -590,7 +591,7 @@ class Export(OutputOptions):
                           f"in {self.to}: see README.md there.")  # fmt: skip
             say(self, f"Next: cd {self.output} && {report['run']}")
         elif self.to == "ollama":
-            report = publish.for_ollama(self.of, folder, self.outtype, self.converter)
+            report = publish.for_ollama(self.of, folder, self.outtype, self.converter, self.chat)
             say(self, f"Next: cd {self.output} && {report['run']}")
         else:
             report = publish.for_hub(self.of, folder, base, self.push_to_hub)
