@@ -104,8 +104,8 @@ def known_version(tool: str, asked: str | None = None) -> str:
         wanted = known[-1]
     if wanted not in known:
         raise DataError(
-            f"{tool} {wanted} was not compared with this library; {', '.join(known)} was. A setting "
-            f"may mean another thing there. Try: pip install {package}=={known[-1]}, or "
+            f"{tool} {wanted} was not compared with this library; {', '.join(known)} was. A "
+            f"setting may mean another thing there. Try: pip install {package}=={known[-1]}, or "
             f"--tool-version {known[-1]}."
         )
     return wanted
@@ -377,8 +377,8 @@ def write_axolotl(run: FinishedRun, tool: str, folder: Path, model: str) -> dict
                       "type": {"field_prompt": "prompt", "field_chosen": "chosen",
                                "field_rejected": "rejected"}}],
         "sequence_len": longest(run) + 1, "sample_packing": False, "val_set_size": 0.0,
-        "shuffle_merged_datasets": False, "curriculum_sampling": True, "remove_unused_columns": False,
-        "precompute_ref_log_probs": True, "dataset_num_proc": 1,
+        "shuffle_merged_datasets": False, "curriculum_sampling": True,
+        "remove_unused_columns": False, "precompute_ref_log_probs": True, "dataset_num_proc": 1,
         **({"adapter": "lora", "lora_r": run.lora, "lora_alpha": 2 * run.lora, "lora_dropout": 0.0,
             "lora_target_linear": True} if run.lora else {}),
         "micro_batch_size": size, "gradient_accumulation_steps": times, "max_steps": config.steps,
@@ -447,8 +447,8 @@ def readme(run: FinishedRun, report: dict) -> str:
              "installed.", ""]  # fmt: skip
     if report.get("other_ids"):
         lines += [f"**{report['other_ids']} of {report['pairs']} pairs get other token ids here** "
-                  "than in the run: this tool reads texts, and cannot be told to leave them as they "
-                  "are.", ""]  # fmt: skip
+                  "than in the run: this tool reads texts, and cannot be told to leave them as "
+                  "they are.", ""]  # fmt: skip
     lines += ["| dpo_mini | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in ours.items()]
     lines += ["", f"| {report['tool']} | value |", "|---|---|"]

@@ -79,8 +79,8 @@ def modelfile(model, tokenizer, chat: bool = False) -> str:
     from another distribution than the one that was trained, so that each is set.
     """
     before, after = template_around(tokenizer, chat)
-    lines = ["FROM ./model.gguf",
-             f'TEMPLATE """{before or prompt_prefix(model) * (not chat)}{{{{ .Prompt }}}}{after}"""',
+    before = before or prompt_prefix(model) * (not chat)
+    lines = ["FROM ./model.gguf", f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}"""',
              "PARAMETER temperature 1", "PARAMETER top_k 0", "PARAMETER top_p 1",
              "PARAMETER min_p 0", "PARAMETER repeat_penalty 1"]  # fmt: skip
     if context_length(model) != ANY_LENGTH:

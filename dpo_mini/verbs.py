@@ -183,10 +183,15 @@ class Pairs(PromptOptions, OutputOptions):
     labels: Literal["best", "bradley-terry"] = option(
         "best", "prefer the higher reward, or draw the winner by Bradley-Terry"
     )
+    server: str | None = option(
+        None, "sample from this server (OpenAI's protocol, such as vLLM's) instead of here",
+        metavar="URL",
+    )  # fmt: skip
+    served_model: str | None = option(None, "the model's name on --server (default: --model)")
     output: str = option("runs/pairs.jsonl", OUTPUT, metavar="FILE")
 
     def run(self) -> dict:
-        from dpo_mini.curation import sampled_pairs
+        from dpo_mini.curation import labelled_pairs, sampled_pairs
         from dpo_mini.data import write_jsonl
         from dpo_mini.models import load_model
         from dpo_mini.rewards import load_reward
@@ -196,10 +201,19 @@ class Pairs(PromptOptions, OutputOptions):
         reward = load_reward(self.reward, self.positive)
         prompts, _ = chosen_prompts(self, tokenizer, self.split, held_out=False)
         prompts = as_asked(self, prompts, model, tokenizer)
-        pairs, ties = sampled_pairs(
-            model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
-            self.labels, self.seed, not self.json,
-        )  # fmt: skip
+        if self.server:
+            from dpo_mini.served import served_completions
+
+            samples = served_completions(
+                self.server, self.served_model or self.model, tokenizer, prompts, self.samples,
+                self.max_new_tokens, seed=self.seed,
+            )  # fmt: skip
+            pairs, ties = labelled_pairs(samples, reward, self.labels, self.seed, tokenizer)
+        else:
+            pairs, ties = sampled_pairs(
+                model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
+                self.labels, self.seed, not self.json,
+            )  # fmt: skip
         if not pairs:
             raise DataError(
                 f"all {ties} comparisons are ties, so that there is no pair to write: ask for "

@@ -34,7 +34,8 @@ def runs(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("runs")
     write_jsonl(folder / "pairs.jsonl", rows())
     common = ["train", "--model", str(tiny_folder), "--pairs", str(folder / "pairs.jsonl"),
-              "--steps", "20", "--batch-size", "4", "--json", "--learning-rate", "1e-3"]  # fmt: skip
+              "--steps", "20", "--batch-size", "4", "--json",
+              "--learning-rate", "1e-3"]  # fmt: skip
     more = {
         "dpo": ["--beta", "0.3", "--warmup-steps", "5", "--schedule", "cosine",
                 "--weight-decay", "0.1"],
@@ -54,8 +55,9 @@ def read(folder, name):
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs the test extra: pip install '.[test]'")
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "lora"])
 def test_the_exported_trl_script_takes_the_same_steps(runs, tiny_folder, name, tmp_path):
-    command = ["export", "--of", str(runs / name), "--to", "trl", "--pairs", str(runs / "pairs.jsonl"),
-               "--model", str(tiny_folder), "--output", str(tmp_path / "out")]  # fmt: skip
+    command = ["export", "--of", str(runs / name), "--to", "trl",
+               "--pairs", str(runs / "pairs.jsonl"), "--model", str(tiny_folder),
+               "--output", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
     done = subprocess.run([sys.executable, tmp_path / "out" / "train.py"], capture_output=True,
                           text=True, timeout=300, cwd=tmp_path)  # fmt: skip

@@ -94,7 +94,8 @@ def test_no_floor_imports_a_floor_above_it():
     floors = [
         ["hub", "settings", "losses", "family", "data", "processes", "checkpoints", "exact"],
         ["tokens", "models"],
-        ["exactness", "logprobs", "fast_logprobs", "sampling", "rewards", "fetch"],
+        ["exactness", "logprobs", "fast_logprobs", "sampling", "rewards", "fetch",
+         "served"],
         ["reference", "curation"],
         ["training", "evaluation"],
         ["rlhf", "online", "demo"],

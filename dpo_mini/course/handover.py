@@ -1,9 +1,9 @@
 """The proof of notebook 19: one run, handed over to each tool, trained there and compared.
 
-    python -m dpo_mini.course.handover --llama-factory PYTHON --axolotl PYTHON --converter FILE
+python -m dpo_mini.course.handover --llama-factory PYTHON --axolotl PYTHON --converter FILE
 
-About four minutes on two cores. TRL is that of this environment. LLaMA-Factory and Axolotl each need
-an environment of their own, whose python is named; `--converter` is llama.cpp's
+About four minutes on two cores. TRL is that of this environment. LLaMA-Factory and Axolotl each
+need an environment of their own, whose python is named; `--converter` is llama.cpp's
 convert_hf_to_gguf.py. What is not named keeps its stored result. Writes
 notebooks/results/handover.json.
 """
