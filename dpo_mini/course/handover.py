@@ -64,6 +64,8 @@ def launched(command: list, folder: Path) -> str:
     """What a command printed, run in `folder` on the CPU with no network."""
     alone = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
              "WANDB_DISABLED": "true", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONPATH": ""}  # fmt: skip
+    # A tool calls its own programs by name: those beside it must be found first.
+    alone["PATH"] = os.pathsep.join([str(Path(command[0]).parent), os.environ["PATH"]])
     done = subprocess.run(command, cwd=folder, env={**os.environ, **alone}, capture_output=True,
                           text=True)  # fmt: skip
     if done.returncode:
