@@ -294,10 +294,17 @@ def reads_joined(tokenizer, texts: dict[str, str]) -> list[list[int]]:
     """The ids where a tool tokenises prompt and answer in one piece, as TRL does of a text, and
     ends every answer with EOS.
     """
-    eos, prompt = tokenizer.eos_token, tokenizer(texts["prompt"])["input_ids"]
+    eos, opening = tokenizer.eos_token, without_bos(tokenizer, texts["prompt"])
     answers = [text if text.endswith(eos) else text + eos for text in list(texts.values())[1:]]
-    whole = [tokenizer(texts["prompt"] + answer)["input_ids"] for answer in answers]
+    prompt = tokenizer(opening)["input_ids"]
+    whole = [tokenizer(opening + answer)["input_ids"] for answer in answers]
     return [prompt, *(ids[len(prompt) :] for ids in whole)]
+
+
+def without_bos(tokenizer, text: str) -> str:
+    """The text without a BOS that the tokenizer adds by itself: it would be there twice."""
+    adds = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds else text
 
 
 def same_ids(run: FinishedRun, reads) -> list[bool]:
@@ -362,11 +369,8 @@ def write_axolotl(run: FinishedRun, tool: str, folder: Path, model: str) -> dict
     """train.yaml and pairs.jsonl, the rows of all steps in order."""
     config, (size, times) = run.config, micro_batch(run.config)
     loss = trl_loss(run)
-    bos = run.tokenizer.bos_token
-    adds_bos = run.tokenizer("a")["input_ids"][:1] == [run.tokenizer.bos_token_id]
     rows = [literal(pair, run.tokenizer) for pair in in_order(run)]
-    if bos and adds_bos:  # written out, it would be there twice
-        rows = [{**row, "prompt": row["prompt"].removeprefix(bos)} for row in rows]
+    rows = [{**row, "prompt": without_bos(run.tokenizer, row["prompt"])} for row in rows]
     write_jsonl(folder / "pairs.jsonl", rows)
     settings = {
         "base_model": model, "rl": "dpo", "rl_beta": loss["beta"],

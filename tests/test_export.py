@@ -82,7 +82,7 @@ def run(tokenizer):
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    prompt, good, bad = ids("This movie"), ids(" was great."), ids(" was dull.")
+    prompt, good, bad = tokenizer("This movie")["input_ids"], ids(" was great."), ids(" was dull.")
     whole = TokenizedPair(prompt, [*good, end], [*bad, end])
     cut = TokenizedPair(prompt, [*good, end], bad)
     config = TrainingConfig(steps=3, batch_size=4, micro_batch_size=2, seed=5)
