@@ -134,7 +134,7 @@ def memory(parameters, trained, processes, sharded):
 
 
 MEMORY = Exercise(
-    "19.4", "The memory sum", "implement", difficulty=2, importance=5, minutes=10, workshop=True,
+    "19.4", "The memory sum", "implement", difficulty=2, importance=5, minutes=10,
     truth=memory_truth, cases=memory_cases,
     right=(memory, lambda p, t, n, s: 4 * (p + 3 * t) / (n if s else 1)),
     wrong=(
