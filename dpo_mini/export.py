@@ -23,7 +23,7 @@ from dpo_mini.settings import TrainingConfig, TrainingError
 from dpo_mini.tokens import TokenizedPair, tokenize_pairs
 from dpo_mini.training import batch_indices
 
-# What was compared with this library, step by step or by the tool's own parser (notebook 19).
+# TRL's was compared step by step; of the others notebook 19 says how far they were checked.
 VERSIONS = {
     "trl": ("1.16.0",),
     "llama-factory": ("0.9.5",),
@@ -95,7 +95,7 @@ def read_run(folder, base: str, pairs: str, split: str = "train") -> FinishedRun
 def known_version(tool: str, asked: str | None = None) -> str:
     """The version to write for: the one asked for, else the installed one, else the newest known.
 
-    Raises DataError for a version that nobody compared.
+    Raises DataError for a version that nobody checked.
     """
     package, known = PACKAGES.get(tool, tool), VERSIONS[tool]
     try:
@@ -104,7 +104,7 @@ def known_version(tool: str, asked: str | None = None) -> str:
         wanted = known[-1]
     if wanted not in known:
         raise DataError(
-            f"{tool} {wanted} was not compared with this library; {', '.join(known)} was. A "
+            f"{tool} {wanted} was not checked against this library; {', '.join(known)} was. A "
             f"setting may mean another thing there. Try: pip install {package}=={known[-1]}, or "
             f"--tool-version {known[-1]}."
         )
@@ -431,7 +431,8 @@ SCRIPT_TRAPS = (
     "adapters.",
 )
 CONFIG_TRAPS = (
-    "Rows lie in the file in the order of the steps, and shuffling is off.",
+    "Rows lie in the file in the order of the steps. LLaMA-Factory reads them so; Axolotl shuffles "
+    "them by itself, so that its steps cannot be compared one by one.",
     "The texts carry BOS, EOS and markup as the run had them, and the template adds nothing, where "
     "the tool can be told so.",
     "transformers' warm-up begins at 0: its rate at step k is the run's at step k - 1. Without "

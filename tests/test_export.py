@@ -127,7 +127,7 @@ def test_smoothing_that_trl_ignores_is_written_as_two_losses(run):
 
 @pytest.mark.parametrize("tool", export.VERSIONS)
 def test_an_unknown_version_is_refused_with_one_to_try(tool):
-    with pytest.raises(DataError, match=f"{tool} 0.0.1 was not compared.*--tool-version"):
+    with pytest.raises(DataError, match=f"{tool} 0.0.1 was not checked.*--tool-version"):
         export.known_version(tool, "0.0.1")
 
 
