@@ -109,8 +109,9 @@ def read_gguf(path, template):
     from transformers import AutoModelForCausalLM
 
     path = Path(path)
+    config = copy.deepcopy(template.config)  # read from the file, GPT-2's context would be 1024
     loaded = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
     )
     model = copy.deepcopy(template)
     model.load_state_dict(loaded.state_dict())
