@@ -122,7 +122,7 @@ def rounded(model, outtype: str):
     """A copy of the model whose matrices went through GGUF's numbers and back; vectors (norms and
     biases) stay float32, as in the file.
 
-    A row of a matrix is rounded in blocks of 32 neighbours with one scale each. GPT-2's layers keep
+    So do position embeddings, which the converter leaves alone. A row of a matrix is rounded in blocks of 32 neighbours with one scale each. GPT-2's layers keep
     their matrices turned round, and the file does not.
     """
     import gguf
@@ -132,8 +132,8 @@ def rounded(model, outtype: str):
     kind, model = getattr(gguf.GGMLQuantizationType, outtype.upper()), copy.deepcopy(model)
     turned = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "wpe" not in name:
                 matrix = weight.T if id(weight) in turned else weight
                 numbers = matrix.contiguous().numpy()
                 back = torch.from_numpy(quants.dequantize(quants.quantize(numbers, kind), kind))

@@ -196,7 +196,7 @@ def test_rounding_keeps_vectors_and_moves_matrices_by_half_a_step_at_most():
     torch.manual_seed(0)
     model = make_gpt2(width=32)
     for (name, a), b in zip(model.named_parameters(), publish.rounded(model, "q8_0").parameters()):
-        if a.ndim == 1:
+        if a.ndim == 1 or "wpe" in name:
             assert torch.equal(a, b), name
             continue
         turned = ".c_" in name or "c_fc" in name  # GPT-2's own layers: [inputs, outputs]
