@@ -43,6 +43,11 @@ def sampled_pairs(
     samples = sample_completions(
         model, tokenizer, prompts, n, max_new_tokens, seed=seed, progress=progress, bf16=bf16
     )
+    return labelled_pairs(samples, reward, labels, seed, tokenizer)
+
+
+def labelled_pairs(samples, reward, labels="best", seed=0, tokenizer=None):
+    """All pairs of each prompt's completions, labelled by `reward` (texts -> tensor [texts])."""
     rewards = reward([c.full_text for row in samples for c in row])
     return pairs_from_samples(samples, rewards, labels, seed, tokenizer)
 

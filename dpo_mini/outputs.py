@@ -171,3 +171,19 @@ def base_model(folder: str) -> tuple[str, str | None]:
     beside = [Path(folder).resolve().parent / name, Path(name)]
     places = [str(path) for path in beside if (path / "config.json").exists()]
     return (places or [name])[0], digest and digest[1]
+
+
+def pairs_of_run(folder: str) -> str:
+    """The pairs that the run in `folder` was trained on, as its card says: a name that can be read.
+
+    The card has the last part of a path: it is looked for in `folder`, beside it, then here. Raises
+    DataError where the card says nothing.
+    """
+    card = Path(folder) / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^Base model: .*Data: `(.+)`\.$", text, flags=re.M)
+    if not found:
+        raise DataError(f"{folder} has no card that says what it was trained on: give --pairs.")
+    name = found[1]
+    places = [Path(folder) / name, Path(folder).resolve().parent / name, Path(name)]
+    return next((str(path) for path in places if path.exists()), name)

@@ -25,6 +25,7 @@ from dpo_mini.outputs import (
     base_model,
     empty_of_earlier_run,
     is_main_process,
+    pairs_of_run,
     prepare_file,
     prepare_folder,
     refuse_own_input,
@@ -101,9 +102,7 @@ class Demo(TrainingOptions, OutputOptions):
     held_out: int | None = option(
         None, "held-out prompts to evaluate on (default: 256; of a real model 128)"
     )
-    beta: float | None = option(
-        None, f"{BETA} (default: 0.45; of a real model 0.1)", above=0
-    )
+    beta: float | None = option(None, f"{BETA} (default: 0.45; of a real model 0.1)", above=0)
     output: str = option("runs/demo", OUTPUT)
     DERIVED: ClassVar = dict.fromkeys(
         ("steps", "batch_size", "block_size", "learning_rate", "monitor_every"),
@@ -188,10 +187,15 @@ class Pairs(PromptOptions, OutputOptions):
     labels: Literal["best", "bradley-terry"] = option(
         "best", "prefer the higher reward, or draw the winner by Bradley-Terry"
     )
+    server: str | None = option(
+        None, "sample from this server (OpenAI's protocol, such as vLLM's) instead of here",
+        metavar="URL",
+    )  # fmt: skip
+    served_model: str | None = option(None, "the model's name on --server (default: --model)")
     output: str = option("runs/pairs.jsonl", OUTPUT, metavar="FILE")
 
     def run(self) -> dict:
-        from dpo_mini.curation import sampled_pairs
+        from dpo_mini.curation import labelled_pairs, sampled_pairs
         from dpo_mini.data import write_jsonl
         from dpo_mini.models import load_model
         from dpo_mini.rewards import load_reward
@@ -201,10 +205,19 @@ class Pairs(PromptOptions, OutputOptions):
         reward = load_reward(self.reward, self.positive)
         prompts, _ = chosen_prompts(self, tokenizer, self.split, held_out=False)
         prompts = as_asked(self, prompts, model, tokenizer)
-        pairs, ties = sampled_pairs(
-            model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
-            self.labels, self.seed, not self.json, precision(self, model),
-        )  # fmt: skip
+        if self.server:
+            from dpo_mini.served import served_completions
+
+            samples = served_completions(
+                self.server, self.served_model or self.model, tokenizer, prompts, self.samples,
+                self.max_new_tokens, seed=self.seed,
+            )  # fmt: skip
+            pairs, ties = labelled_pairs(samples, reward, self.labels, self.seed, tokenizer)
+        else:
+            pairs, ties = sampled_pairs(
+                model, tokenizer, prompts, reward, self.samples, self.max_new_tokens,
+                self.labels, self.seed, not self.json, precision(self, model),
+            )  # fmt: skip
         if not pairs:
             raise DataError(
                 f"all {ties} comparisons are ties, so that there is no pair to write: ask for "
@@ -562,6 +575,51 @@ class Prompts(OutputOptions):
         return counts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export(OutputOptions):
+    """hand a finished run over to another tool, or a trained model to those who run models"""
+
+    of: str = option("runs/train", "the --output of train or demo", metavar="FOLDER")
+    to: Literal["trl", "llama-factory", "axolotl", "unsloth", "ollama", "hub"] = option(
+        "trl", "which tool"
+    )
+    model: str | None = option(None, "what the run was trained from (default: as its card says)")
+    pairs: str | None = option(None, "the pairs it was trained on (default: as its card says)")
+    split: str = option("train", "which split of --pairs, where it has splits")
+    tool_version: str | None = option(None, "write for this version (default: the installed one)")
+    outtype: Literal["f32", "f16", "bf16", "q8_0"] = option("q8_0", "ollama: numbers of the GGUF")
+    converter: str | None = option(
+        None, "ollama: llama.cpp's convert_hf_to_gguf.py", metavar="FILE"
+    )
+    chat: bool = option(
+        False, "ollama: what is typed is a user's message, put through the model's chat template"
+    )
+    push_to_hub: str | None = option(None, "hub: send it there, as user/name", metavar="NAME")
+    output: str = option("runs/export", OUTPUT)
+
+    def run(self) -> dict:
+        from dpo_mini import export, publish
+
+        folder = prepare_folder(self.output, overwrite=self.overwrite)
+        refuse_own_input(folder, self.of)
+        base = self.model or base_model(self.of)[0]
+        if self.to in export.VERSIONS:
+            pairs = self.pairs or pairs_of_run(self.of)
+            run = export.read_run(self.of, base, pairs, self.split)
+            report = export.export(run, self.to, folder, self.tool_version)
+            if report.get("other_ids"):
+                say(self, f"{report['other_ids']} of {report['pairs']} pairs get other token ids "
+                          f"in {self.to}: see README.md there.")  # fmt: skip
+            say(self, f"Next: cd {self.output} && {report['run']}")
+        elif self.to == "ollama":
+            report = publish.for_ollama(self.of, folder, self.outtype, self.converter, self.chat)
+            say(self, f"Next: cd {self.output} && {report['run']}")
+        else:
+            report = publish.for_hub(self.of, folder, base, self.push_to_hub)
+            say(self, report["said"])
+        return report | {"output": self.output}
+
+
 # --- round about ---
 
 
@@ -634,7 +692,7 @@ class Fetch(Options):
 
 VERBS = {
     "demo": Demo, "sft": Sft, "pairs": Pairs, "train": Train, "evaluate": Evaluate,
-    "sample": Sample, "fetch": Fetch, "cool": Cool, "lab": Lab, "env": Env,
+    "sample": Sample, "export": Export, "fetch": Fetch, "cool": Cool, "lab": Lab, "env": Env,
     "pretrain": Pretrain, "judges": Judges, "prompts": Prompts,
 }  # fmt: skip
 

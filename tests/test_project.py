@@ -68,11 +68,12 @@ def code_lines(path):
 
 
 def test_the_library_is_read_in_one_sitting():
-    roof = ("cli", "verbs", "sources", "options", "outputs", "console", "__main__")
+    roof = ("cli", "verbs", "sources", "options", "outputs", "console", "export", "publish",
+            "__main__")  # fmt: skip
     lines = {p.stem: code_lines(p) for p in (ROOT / "dpo_mini").glob("*.py")}
     assert lines["losses"] + lines["logprobs"] + lines["training"] < 300, lines
-    assert sum(n for room, n in lines.items() if room not in roof) < 3400, lines
-    assert sum(n for room, n in lines.items() if room in roof) < 1000, lines
+    assert sum(n for room, n in lines.items() if room not in roof) < 3500, lines
+    assert sum(n for room, n in lines.items() if room in roof) < 1450, lines
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,13 @@ def test_no_floor_imports_a_floor_above_it():
     floors = [
         ["hub", "settings", "losses", "family", "data", "processes", "checkpoints", "exact"],
         ["tokens", "models"],
-        ["exactness", "logprobs", "fast_logprobs", "sampling", "rewards", "fetch"],
+        ["exactness", "logprobs", "fast_logprobs", "sampling", "rewards", "fetch",
+         "served"],
         ["reference", "curation"],
         ["training", "evaluation"],
         ["rlhf", "online", "demo", "grpo"],
-        ["cli", "verbs", "sources", "options", "outputs", "console", "__main__"],
+        ["cli", "verbs", "sources", "options", "outputs", "console", "export", "publish",
+          "__main__"],
     ]
     height = {room: i for i, rooms in enumerate(floors) for room in rooms}
     files = {path.stem for path in (ROOT / "dpo_mini").glob("*.py")}
