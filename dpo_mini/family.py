@@ -1,9 +1,9 @@
 """The family that DPO started, and the baselines of its paper.
 
 Each is a function of the same `PairLogps`, one loss per pair, tensor [batch]; KTO, which needs no
-pairs, and Plackett-Luce, which takes rankings, come last. r_w = log pi(y_w|x) - log pi_ref(y_w|x) and r_l likewise are the log-ratios of
-chosen and rejected, in nats. Where a loss divides by lengths, |y| counts the tokens of a
-completion, its EOS included.
+pairs, and Plackett-Luce, which takes rankings, come last. r_w = log pi(y_w|x) - log pi_ref(y_w|x)
+and r_l likewise are the log-ratios of chosen and rejected, in nats. Where a loss divides by
+lengths, |y| counts the tokens of a completion, its EOS included.
 """
 
 from typing import NamedTuple

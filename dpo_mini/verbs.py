@@ -233,8 +233,8 @@ class Train(TrainingOptions, OutputOptions):
     gamma: float | None = option(None, "simpo: the margin to reach (default: the loss's)")
     alpha: float | None = option(
         None, "cpo, rpo, unlikelihood, dpo-positive: weight of the second term; r-dpo: reward per "
-        "token that the labels pay (default: the loss's)"
-    )
+        "token that the labels pay (default: the loss's)",
+    )  # fmt: skip
     desirable_weight: float | None = option(
         None, "kto: weight of desirable completions (default: the loss's)", at_least=0
     )

@@ -454,7 +454,9 @@ def test_a_tokens_log_ratio_at_the_optimum_is_the_change_in_value(reference, rew
     values = exact.prefix_values(reference, rewards, BETA, RESPONSES)
 
     def log_chance(logps, prefix):
-        return logps[[i for i, y in enumerate(RESPONSES) if y[: len(prefix)] == prefix]].logsumexp(0)
+        return logps[[i for i, y in enumerate(RESPONSES) if y[: len(prefix)] == prefix]].logsumexp(
+            0
+        )
 
     for prefix in exact.prefixes(RESPONSES):
         for token in range(3):

@@ -109,7 +109,9 @@ FORMULAS = {
         -log(bradley_terry(W * exp(alpha * m / beta), L * exp(alpha * n / beta), R_W, R_L, beta))
     ),
     "chi-po": lambda W, L, R_W, R_L, m, n, beta: (
-        -log(sigma(beta * (min(W / R_W, exp(20)) - min(L / R_L, exp(20)) + log(W * R_L / (R_W * L)))))
+        -log(
+            sigma(beta * (min(W / R_W, exp(20)) - min(L / R_L, exp(20)) + log(W * R_L / (R_W * L))))
+        )
     ),
     "simpo": lambda W, L, R_W, R_L, m, n, beta, gamma: (
         -log(sigma(beta / m * log(W) - beta / n * log(L) - gamma))
@@ -384,7 +386,9 @@ TRAPS = {
         ),
     },
     "rpo": {
-        "likelihood of the sum": lambda l, beta=0.1, alpha=1.0: dpo_loss(l, beta) - alpha * l.chosen,
+        "likelihood of the sum": lambda l, beta=0.1, alpha=1.0: (
+            dpo_loss(l, beta) - alpha * l.chosen
+        ),
         "likelihood without a sign": lambda l, beta=0.1, alpha=1.0: rpo_loss(l, beta, -alpha),
         "likelihood of the rejected": lambda l, beta=0.1, alpha=1.0: (
             dpo_loss(l, beta) - alpha * means(l)[1]
@@ -397,21 +401,21 @@ TRAPS = {
     },
     "dpo-positive": {
         "no penalty": lambda l, beta=0.1, alpha=5.0: dpo_loss(l, beta),
-        "penalty above the reference": lambda l, beta=0.1, alpha=5.0: -F.logsigmoid(
-            beta * (margin(l) - alpha * F.relu(ratios(l)[0]))
+        "penalty above the reference": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * (margin(l) - alpha * F.relu(ratios(l)[0])))
         ),
         "penalty added": lambda l, beta=0.1, alpha=5.0: dpo_positive_loss(l, beta, -alpha),
-        "penalty of the rejected": lambda l, beta=0.1, alpha=5.0: -F.logsigmoid(
-            beta * (margin(l) - alpha * F.relu(-ratios(l)[1]))
+        "penalty of the rejected": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * (margin(l) - alpha * F.relu(-ratios(l)[1])))
         ),
-        "penalty outside beta": lambda l, beta=0.1, alpha=5.0: -F.logsigmoid(
-            beta * margin(l) - alpha * F.relu(-ratios(l)[0])
+        "penalty outside beta": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * margin(l) - alpha * F.relu(-ratios(l)[0]))
         ),
         "penalty outside the sigmoid": lambda l, beta=0.1, alpha=5.0: (
             dpo_loss(l, beta) + alpha * F.relu(-ratios(l)[0])
         ),
-        "penalty on both sides": lambda l, beta=0.1, alpha=5.0: -F.logsigmoid(
-            beta * (margin(l) + alpha * ratios(l)[0])
+        "penalty on both sides": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * (margin(l) + alpha * ratios(l)[0]))
         ),
     },
     "r-dpo": {
@@ -422,8 +426,8 @@ TRAPS = {
         "the chosen's length alone": lambda l, beta=0.1, alpha=0.02: (
             -F.logsigmoid(beta * margin(l) + alpha * l.chosen_tokens)
         ),
-        "float32 lengths": lambda l, beta=0.1, alpha=0.02: -F.logsigmoid(
-            beta * margin(l) + alpha * (l.chosen_tokens - l.rejected_tokens)
+        "float32 lengths": lambda l, beta=0.1, alpha=0.02: (
+            -F.logsigmoid(beta * margin(l) + alpha * (l.chosen_tokens - l.rejected_tokens))
         ),
     },
     "chi-po": {
@@ -595,7 +599,8 @@ def test_where_the_losses_begin_when_the_policy_is_the_reference():
         "dpo": math.log(2), "cdpo": math.log(2), "robust": math.log(2), "dpo-norm": math.log(2),
         "ipo": 25.0, "ipo-token": 25.0, "hinge": 1.0, "apo-zero": 1.0, "apo-down": 1.0,
         "rpo": math.log(2) + 3.0, "dpo-positive": math.log(2), "r-dpo": math.log(2),
-        "chi-po": math.log(2), "simpo": math.log1p(math.exp(3)), "cpo": math.log1p(math.exp(1)) + 3.0,
+        "chi-po": math.log(2), "simpo": math.log1p(math.exp(3)),
+        "cpo": math.log1p(math.exp(1)) + 3.0,
         "preferred-ft": 30.0, "unlikelihood": 28.0,
     }  # fmt: skip
     for name, value in begin.items():
@@ -659,7 +664,8 @@ def fitted(loss, rewards, reference):
     def mean_loss():
         p = logits.log_softmax(0)
         return (
-            chances * loss(PairLogps(p[i], p[j], reference[i], reference[j], LENGTHS[i], LENGTHS[j]))
+            chances
+            * loss(PairLogps(p[i], p[j], reference[i], reference[j], LENGTHS[i], LENGTHS[j]))
         ).mean()
 
     exact.minimise(mean_loss, [logits])

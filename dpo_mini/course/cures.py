@@ -200,7 +200,6 @@ def watched(result: dict, name: str) -> list[float]:
     return [value for value in result["log"][name] if value is not None]
 
 
-
 def main(argv=None) -> None:
     args = study_parser("dpo_mini.course.cures", __doc__, STUDIES).parse_args(argv)
     folder, settings = Path(args.folder), STUDIES[args.name]

@@ -118,9 +118,7 @@ def ranking_cases(generator):
 def ranking_truth(policy, reference, beta):
     """Place by place, each sum by logsumexp."""
     rewards = beta * (policy - reference)
-    places = [
-        rewards[:, i:].logsumexp(1) - rewards[:, i] for i in range(rewards.shape[1] - 1)
-    ]
+    places = [rewards[:, i:].logsumexp(1) - rewards[:, i] for i in range(rewards.shape[1] - 1)]
     return torch.stack(places).sum(0)
 
 
@@ -256,7 +254,9 @@ def shaping_truth():
     }
 
     def returns(step=lambda before, after, reward: reward):
-        parts = [[step(y[:t], y[: t + 1], token[y[: t + 1]]) for t in range(len(y))] for y in RESPONSES]
+        parts = [
+            [step(y[:t], y[: t + 1], token[y[: t + 1]]) for t in range(len(y))] for y in RESPONSES
+        ]
         return torch.tensor([sum(part) for part in parts], dtype=torch.float64)
 
     plain = returns()
