@@ -688,7 +688,7 @@ def test_r_dpo_finds_the_optimum_without_what_labels_pay_for_length(alpha):
     found = fitted(lambda logps: r_dpo_loss(logps, 0.7, alpha), labels, reference)
     assert exact.total_variation(found, optimum) < 1e-6
     tempted = fitted(lambda logps: dpo_loss(logps, 0.7), labels, reference)
-    assert exact.total_variation(tempted, optimum) > 0.05
+    assert exact.total_variation(tempted, optimum) > 0.01
 
 
 def test_a_likelihood_term_costs_the_optimum():
