@@ -93,6 +93,50 @@ def optimal_policy(reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
     return reference + rewards / beta - log_partition(reference, rewards, beta)
 
 
+def optimal_chi_policy(reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """log pi [Y] of the policy that maximises E_pi[r] - beta (KL + half E_pi_ref[(pi/pi_ref)²]).
+
+    The optimum of chi-squared PO (Huang et al. 2024, arXiv 2407.13399): phi(pi / pi_ref) is
+    (r - c) / beta with phi(z) = z + log z and the one c for which the probabilities add to 1. Both
+    equations are solved by bisection.
+    """
+
+    def log_ratios(c: Tensor) -> Tensor:
+        """u with exp(u) + u = (r - c) / beta, between bounds that hold it."""
+        wanted = (rewards - c) / beta
+        low, high = torch.minimum(wanted, -torch.ones_like(wanted)) - 1, wanted.clamp(min=1.0)
+        for _ in range(200):
+            middle = (low + high) / 2
+            above = middle.exp() + middle > wanted
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (low + high) / 2
+
+    low, high = rewards.min() - 2 * beta, rewards.max() + 2 * beta  # a ratio of 1 has phi = 1
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_much = (reference + log_ratios(middle)).logsumexp(0) > 0
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return reference + log_ratios((low + high) / 2)
+
+
+def prefix_values(
+    reference: Tensor, rewards: Tensor, beta: float, responses: list[tuple[int, ...]]
+) -> dict[tuple[int, ...], Tensor]:
+    """V(s) = beta log E_pi_ref[exp(r(y) / beta) | y begins with s], of every prefix s and every
+    completion, where V(y) = r(y).
+
+    What a prefix is worth to the optimal policy. Its log-ratio for the token a after s is
+    (V(s, a) - V(s)) / beta, and V of the empty prefix is beta log Z (Rafailov et al. 2024, "From r
+    to Q*", arXiv 2404.12358).
+    """
+    values = {}
+    for prefix in [*prefixes(responses), *responses]:
+        inside = torch.tensor([y[: len(prefix)] == prefix for y in responses])
+        chance, weighted = reference[inside], reference[inside] + rewards[inside] / beta
+        values[prefix] = beta * (weighted.logsumexp(0) - chance.logsumexp(0))
+    return values
+
+
 def objective(logps: Tensor, reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """J(pi) = E_pi[r] - beta KL(pi || pi_ref), what RLHF maximises (Rafailov 2023, eq. 3)."""
     return expectation(logps, rewards) - beta * kl(logps, reference)
@@ -117,6 +161,19 @@ def sample_preferences(
     i, j = drawn // len(weights), drawn % len(weights)
     i_wins = torch.rand(n, generator=generator, dtype=torch.float64) < probabilities[i, j]
     return torch.where(i_wins, i, j), torch.where(i_wins, j, i)
+
+
+def rankings(rewards: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Every ranking of `k` different completions: (indices [R, k], best first; P [R]).
+
+    Each set of k is shown equally often and ranked as Plackett (1975) and Luce (1959) say: the best
+    is drawn with odds exp(r), then the best of those left.
+    """
+    orders = torch.tensor(list(itertools.permutations(range(len(rewards)), k)))
+    ordered = rewards[orders]
+    left = ordered.flip(1).logcumsumexp(1).flip(1)
+    chances = (ordered - left).sum(1).exp()
+    return orders, chances / chances.sum()
 
 
 def population_loss(

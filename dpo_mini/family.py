@@ -1,9 +1,9 @@
 """The family that DPO started, and the baselines of its paper.
 
-Each is a function of the same `PairLogps`, one loss per pair, tensor [batch]; KTO needs no pairs
-and comes last. r_w = log pi(y_w|x) - log pi_ref(y_w|x) and r_l likewise are the log-ratios of
-chosen and rejected, in nats. Where a loss divides by lengths, |y| counts the tokens of a
-completion, its EOS included.
+Each is a function of the same `PairLogps`, one loss per pair, tensor [batch]; KTO, which needs no
+pairs, and Plackett-Luce, which takes rankings, come last. r_w = log pi(y_w|x) - log pi_ref(y_w|x)
+and r_l likewise are the log-ratios of chosen and rejected, in nats. Where a loss divides by
+lengths, |y| counts the tokens of a completion, its EOS included.
 """
 
 import math
@@ -103,6 +103,57 @@ def apo_down_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
     """
     chosen, rejected = implicit_rewards(logps, beta)
     return chosen.sigmoid() + (rejected - chosen).sigmoid()
+
+
+def rpo_loss(logps: PairLogps, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+    """DPO's loss - alpha log pi(y_w|x) / |y_w|: a likelihood term keeps the chosen completion up.
+
+    Pang et al. 2024 (arXiv 2404.19733), whose weight stands before the other term; known as RPO.
+    Liu et al. 2024 (arXiv 2405.16436) derive the term as a guard against over-optimisation.
+    """
+    return dpo_loss(logps, beta) - alpha * per_token(logps).chosen
+
+
+def dpo_positive_loss(logps: PairLogps, beta: float = 0.1, alpha: float = 5.0) -> Tensor:
+    """-log sigmoid(beta (r_w - r_l - alpha max(0, -r_w))): a chosen completion that is less likely
+    than under the reference loses margin.
+
+    Pal et al. 2024 (DPO-Positive, arXiv 2402.13228), equation 3, `alpha` being its lambda. Below
+    the reference the slope by r_w is that of DPO times 1 + alpha.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    return -F.logsigmoid(chosen - rejected - alpha * F.relu(-chosen))
+
+
+def r_dpo_loss(logps: PairLogps, beta: float = 0.1, alpha: float = 0.02) -> Tensor:
+    """-log sigmoid(beta (r_w - r_l) + alpha (|y_w| - |y_l|)): what length explains of a label needs
+    no margin.
+
+    Park et al. 2024 (R-DPO, arXiv 2403.19159), equation 9. `alpha`, in reward per token, is what
+    the labels are taken to pay for a token; the optimum is that of the reward r - alpha |y|.
+    """
+    chosen, rejected = implicit_rewards(logps, beta)
+    longer = (logps.chosen_tokens - logps.rejected_tokens).to(chosen.dtype)
+    return -F.logsigmoid(chosen - rejected + alpha * longer)
+
+
+LARGEST_LOG_RATIO = 20.0  # whose exponential still counts: float32 keeps 7 digits of e^20
+
+
+def chi_po_loss(logps: PairLogps, beta: float = 0.1) -> Tensor:
+    """-log sigmoid(beta (phi(r_w) - phi(r_l))), phi(u) = exp(u) + u: chi-squared PO.
+
+    Huang et al. 2024 (arXiv 2407.13399). The price of a ratio pi / pi_ref is its logarithm in DPO,
+    here the ratio itself as well: the optimum pays beta for the KL and for half the chi-squared
+    divergence (`exact.optimal_chi_policy`). exp(u) is cut at u = 20, so that it is
+    finite; the paper cuts the margin in place of it.
+    """
+
+    def price(log_ratio: Tensor) -> Tensor:
+        return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp() + log_ratio
+
+    chosen, rejected = implicit_rewards(logps, 1.0)
+    return -F.logsigmoid(beta * (price(chosen) - price(rejected)))
 
 
 # --- without a reference ---
@@ -231,6 +282,10 @@ LOSSES = {
     "hinge": hinge_loss,
     "apo-zero": apo_zero_loss,
     "apo-down": apo_down_loss,
+    "rpo": rpo_loss,
+    "dpo-positive": dpo_positive_loss,
+    "r-dpo": r_dpo_loss,
+    "chi-po": chi_po_loss,
     "simpo": simpo_loss,
     "cpo": cpo_loss,
     "orpo": orpo_loss,
@@ -277,3 +332,27 @@ def kto_loss(
 
 
 UNPAIRED = {"kto": kto_loss}  # of LabelledLogps; pairs are taken as two labelled completions each
+
+
+# --- rankings ---
+
+
+class RankingLogps(NamedTuple):
+    """Log-probabilities of the k completions of each ranking, best first, tensors [batch, k], in
+    nats.
+    """
+
+    policy: Tensor  # log pi(y_1 | x), ..., log pi(y_k | x), the only one that carries a gradient
+    reference: Tensor  # log pi_ref of the same
+
+
+def plackett_luce_loss(logps: RankingLogps, beta: float = 0.1) -> Tensor:
+    """-log P(y_1 over y_2 over ... over y_k), tensor [batch]: DPO on whole rankings.
+
+    The best is drawn from all k with odds exp(r̂), the second from those left, and so on: Plackett
+    1975, Luce 1959; with r̂ = beta log(pi / pi_ref), Rafailov et al. 2023, appendix A.3. Of two
+    completions it is `dpo_loss`.
+    """
+    rewards = beta * (logps.policy - logps.reference)
+    left = rewards.flip(1).logcumsumexp(1).flip(1)  # log sum of exp(r̂) of those not yet drawn
+    return (left - rewards)[:, :-1].sum(1)  # the last is drawn for certain

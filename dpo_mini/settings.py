@@ -14,6 +14,7 @@ LARGEST_SEED = 2**32 - 1
 # The names in family.LOSSES, and KTO's: here too, since importing family.py would load torch.
 LOSS_NAMES = (
     "dpo", "cdpo", "robust", "dpo-norm", "ipo", "ipo-token", "hinge", "apo-zero", "apo-down",
+    "rpo", "dpo-positive", "r-dpo", "chi-po",
     "simpo", "cpo", "orpo", "preferred-ft", "unlikelihood", "kto",
 )  # fmt: skip
 SCHEDULES = ("constant", "linear", "cosine")

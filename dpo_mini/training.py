@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dpo_mini import processes
 from dpo_mini.checkpoints import Run, steps_of_run, stop_unless_finite
-from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, LabelledLogps
+from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, LabelledLogps, RankingLogps
 from dpo_mini.fast_logprobs import completion_logps
 from dpo_mini.losses import PairLogps, preference_metrics
 from dpo_mini.models import context_length, in_bfloat16, without_dropout
@@ -266,6 +266,32 @@ def unpaired_objective(loss: Callable[[LabelledLogps], Tensor], beta: float) -> 
             }
 
     return Objective(policy_and_reference, loss, metrics, of_whole_batch=log_ratios_elsewhere)
+
+
+def ranking_objective(loss: Callable[[RankingLogps], Tensor], beta: float) -> Objective:
+    """Items are (k rows (prompt ids, completion ids), best first; their k reference logps), k the
+    same for all; `loss` as `plackett_luce_loss`.
+
+    An item's accuracy is the share of its pairs that the implicit rewards order rightly.
+    """
+
+    def policy_and_reference(model, items) -> RankingLogps:
+        rankings, reference = zip(*items)
+        policy = completion_logps(model, [row for ranking in rankings for row in ranking])
+        return RankingLogps(policy.view(len(items), -1), policy.new_tensor(reference))
+
+    def metrics(logps: RankingLogps) -> dict[str, Tensor]:
+        with torch.no_grad():
+            rewards = beta * (logps.policy - logps.reference)
+            better, worse = torch.triu_indices(*[rewards.shape[1]] * 2, offset=1)
+            margins = rewards[:, better] - rewards[:, worse]
+            return {
+                "rewards/margins": margins.mean(1),
+                "rewards/accuracies": ((1 + torch.sign(margins)) / 2).mean(1),
+                "logps/completion": logps.policy.mean(1).detach(),
+            }
+
+    return Objective(policy_and_reference, loss, metrics)
 
 
 def sft_objective() -> Objective:

@@ -45,7 +45,8 @@ BETA = "strength of the KL constraint: larger stays closer to the reference"
 # Train's options that are arguments of losses: no loss takes all of them.
 LOSS_OPTIONS = ("beta", "label_smoothing", "gamma", "alpha", "desirable_weight",
                 "undesirable_weight")  # fmt: skip
-LOG_2_AT_FIRST = ("dpo", "cdpo", "robust", "dpo-norm")  # where policy and reference are one
+# Where policy and reference are one:
+LOG_2_AT_FIRST = ("dpo", "cdpo", "robust", "dpo-norm", "dpo-positive", "chi-po")
 
 
 # --- options that verbs share ---
@@ -248,8 +249,9 @@ class Train(TrainingOptions, OutputOptions):
     )
     gamma: float | None = option(None, "simpo: the margin to reach (default: the loss's)")
     alpha: float | None = option(
-        None, "cpo, unlikelihood: weight of the second term (default: the loss's)"
-    )
+        None, "cpo, rpo, unlikelihood, dpo-positive: weight of the second term; r-dpo: reward per "
+        "token that the labels pay (default: the loss's)",
+    )  # fmt: skip
     desirable_weight: float | None = option(
         None, "kto: weight of desirable completions (default: the loss's)", at_least=0
     )

@@ -417,3 +417,66 @@ def test_sampled_preferences_have_the_populations_frequencies(reference, rewards
     share = torch.bincount(torch.cat(drawn), minlength=COUNT) / 400_000
     pairs = (reference.exp()[:, None] * reference.exp()[None, :]).fill_diagonal_(0)
     assert (share - pairs.sum(1) / pairs.sum()).abs().max() < 0.005
+
+
+# --- what came after: chi-squared, and the value of a prefix ---
+
+
+def chi_objective(logps, reference, rewards, beta):
+    squares = (2 * logps - reference).exp().sum()  # E_pi_ref[(pi / pi_ref)²]
+    return exact.objective(logps, reference, rewards, beta) - beta / 2 * squares
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.7, 20.0])
+def test_the_chi_squared_optimum_is_a_policy_and_none_is_better(reference, rewards, beta):
+    optimum = exact.optimal_chi_policy(reference, rewards, beta)
+    assert abs(optimum.exp().sum().item() - 1) < 1e-12
+    best = chi_objective(optimum, reference, rewards, beta)
+    for seed in range(20):
+        other = (optimum + 0.1 * normal(COUNT, seed=seed)).log_softmax(-1)
+        assert chi_objective(other, reference, rewards, beta) < best
+    slope = torch.autograd.functional.jacobian(
+        lambda logits: chi_objective(logits.log_softmax(-1), reference, rewards, beta), optimum
+    )
+    assert slope.abs().max() < 1e-10
+
+
+def test_the_value_of_the_empty_prefix_is_beta_log_z_and_of_a_completion_its_reward(
+    reference, rewards
+):
+    values = exact.prefix_values(reference, rewards, BETA, RESPONSES)
+    log_z = exact.log_partition(reference, rewards, BETA)
+    assert abs(values[()] - BETA * log_z) < 1e-12
+    assert all(abs(values[y] - r) < 1e-12 for y, r in zip(RESPONSES, rewards))
+
+
+def test_a_tokens_log_ratio_at_the_optimum_is_the_change_in_value(reference, rewards, optimum):
+    values = exact.prefix_values(reference, rewards, BETA, RESPONSES)
+
+    def log_chance(logps, prefix):
+        return logps[[i for i, y in enumerate(RESPONSES) if y[: len(prefix)] == prefix]].logsumexp(
+            0
+        )
+
+    for prefix in exact.prefixes(RESPONSES):
+        for token in range(3):
+            longer = (*prefix, token)
+            policy, old = (
+                log_chance(logps, longer) - log_chance(logps, prefix)
+                for logps in (optimum, reference)
+            )
+            assert abs(BETA * (policy - old) - (values[longer] - values[prefix])) < 1e-12
+
+
+def test_chances_of_rankings_are_those_of_drawing_without_putting_back():
+    rewards = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    orders, chances = exact.rankings(rewards, 3)
+    odds = rewards.exp()
+    for order, chance in zip(orders.tolist(), chances):
+        by_hand, left = 1.0, odds.sum()
+        for y in order:
+            by_hand, left = by_hand * odds[y] / left, left - odds[y]
+        assert abs(chance - by_hand) < 1e-12
+    pairs, chances = exact.rankings(rewards, 2)
+    for (i, j), chance in zip(pairs.tolist(), chances):
+        assert abs(3 * chance - exact.preferences(rewards)[i, j]) < 1e-12

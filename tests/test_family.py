@@ -17,16 +17,22 @@ from dpo_mini.family import (
     REFERENCE_FREE,
     UNPAIRED,
     LabelledLogps,
+    RankingLogps,
     apo_down_loss,
     apo_zero_loss,
+    chi_po_loss,
     cpo_loss,
+    dpo_positive_loss,
     hinge_loss,
     ipo_loss,
     kto_loss,
     log_odds,
     orpo_loss,
     per_token,
+    plackett_luce_loss,
+    r_dpo_loss,
     robust_loss,
+    rpo_loss,
     simpo_loss,
     unlikelihood_loss,
 )
@@ -92,6 +98,20 @@ FORMULAS = {
     ),
     "apo-down": lambda W, L, R_W, R_L, m, n, beta: (
         sigma(beta * log(W / R_W)) - sigma(beta * log(W / R_W) - beta * log(L / R_L)) + 1
+    ),
+    "rpo": lambda W, L, R_W, R_L, m, n, beta, alpha: (
+        -log(bradley_terry(W, L, R_W, R_L, beta)) - alpha * log(W ** (1 / m))
+    ),
+    "dpo-positive": lambda W, L, R_W, R_L, m, n, beta, alpha: (
+        -log(sigma(beta * (log(W / R_W) - log(L / R_L) - alpha * max(mp.zero, log(R_W / W)))))
+    ),
+    "r-dpo": lambda W, L, R_W, R_L, m, n, beta, alpha: (
+        -log(bradley_terry(W * exp(alpha * m / beta), L * exp(alpha * n / beta), R_W, R_L, beta))
+    ),
+    "chi-po": lambda W, L, R_W, R_L, m, n, beta: (
+        -log(
+            sigma(beta * (min(W / R_W, exp(20)) - min(L / R_L, exp(20)) + log(W * R_L / (R_W * L))))
+        )
     ),
     "simpo": lambda W, L, R_W, R_L, m, n, beta, gamma: (
         -log(sigma(beta / m * log(W) - beta / n * log(L) - gamma))
@@ -276,6 +296,11 @@ def orpo(l, beta, w, r, odds=log_odds):
     return -w - beta * F.logsigmoid(odds(w) - odds(r))
 
 
+def chi_like(l, beta, price):
+    chosen, rejected = ratios(l)
+    return -F.logsigmoid(beta * (price(chosen) - price(rejected)))
+
+
 def means(l):
     return per_token(l).chosen, per_token(l).rejected
 
@@ -358,6 +383,68 @@ TRAPS = {
         ),
         "rejected alone": lambda l, beta=0.1: (
             (beta * ratios(l)[0]).sigmoid() + (beta * ratios(l)[1]).sigmoid()
+        ),
+    },
+    "rpo": {
+        "likelihood of the sum": lambda l, beta=0.1, alpha=1.0: (
+            dpo_loss(l, beta) - alpha * l.chosen
+        ),
+        "likelihood without a sign": lambda l, beta=0.1, alpha=1.0: rpo_loss(l, beta, -alpha),
+        "likelihood of the rejected": lambda l, beta=0.1, alpha=1.0: (
+            dpo_loss(l, beta) - alpha * means(l)[1]
+        ),
+        "log-ratio for likelihood": lambda l, beta=0.1, alpha=1.0: (
+            dpo_loss(l, beta) - alpha * ratios(l)[0] / l.chosen_tokens
+        ),
+        "no reference (CPO)": cpo_loss,
+        "alpha on DPO": lambda l, beta=0.1, alpha=1.0: alpha * dpo_loss(l, beta) - means(l)[0],
+    },
+    "dpo-positive": {
+        "no penalty": lambda l, beta=0.1, alpha=5.0: dpo_loss(l, beta),
+        "penalty above the reference": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * (margin(l) - alpha * F.relu(ratios(l)[0])))
+        ),
+        "penalty added": lambda l, beta=0.1, alpha=5.0: dpo_positive_loss(l, beta, -alpha),
+        "penalty of the rejected": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * (margin(l) - alpha * F.relu(-ratios(l)[1])))
+        ),
+        "penalty outside beta": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * margin(l) - alpha * F.relu(-ratios(l)[0]))
+        ),
+        "penalty outside the sigmoid": lambda l, beta=0.1, alpha=5.0: (
+            dpo_loss(l, beta) + alpha * F.relu(-ratios(l)[0])
+        ),
+        "penalty on both sides": lambda l, beta=0.1, alpha=5.0: (
+            -F.logsigmoid(beta * (margin(l) + alpha * ratios(l)[0]))
+        ),
+    },
+    "r-dpo": {
+        "sign": lambda l, beta=0.1, alpha=0.02: r_dpo_loss(l, beta, -alpha),
+        "alpha times beta": lambda l, beta=0.1, alpha=0.02: r_dpo_loss(l, beta, alpha * beta),
+        "no lengths": lambda l, beta=0.1, alpha=0.02: dpo_loss(l, beta),
+        "means": lambda l, beta=0.1, alpha=0.02: r_dpo_loss(per_token(l), beta, alpha),
+        "the chosen's length alone": lambda l, beta=0.1, alpha=0.02: (
+            -F.logsigmoid(beta * margin(l) + alpha * l.chosen_tokens)
+        ),
+        "float32 lengths": lambda l, beta=0.1, alpha=0.02: (
+            -F.logsigmoid(beta * margin(l) + alpha * (l.chosen_tokens - l.rejected_tokens))
+        ),
+    },
+    "chi-po": {
+        "DPO": dpo_loss,
+        "no logarithm": lambda l, beta=0.1: chi_like(l, beta, lambda u: u.clamp(max=20).exp()),
+        "not cut": lambda l, beta=0.1: chi_like(l, beta, lambda u: u.exp() + u),
+        "all of it cut": lambda l, beta=0.1: chi_like(
+            l, beta, lambda u: u.clamp(max=20).exp() + u.clamp(max=20)
+        ),
+        "ratio squared": lambda l, beta=0.1: chi_like(
+            l, beta, lambda u: u.clamp(max=20).exp().square() + u
+        ),
+        "ratio of the margin": lambda l, beta=0.1: (
+            -F.logsigmoid(beta * (margin(l).clamp(max=20).exp() + margin(l)))
+        ),
+        "no reference": lambda l, beta=0.1: chi_po_loss(
+            l._replace(reference_chosen=0 * l.chosen, reference_rejected=0 * l.rejected), beta
         ),
     },
     "simpo": {
@@ -511,7 +598,9 @@ def test_where_the_losses_begin_when_the_policy_is_the_reference():
     begin = {
         "dpo": math.log(2), "cdpo": math.log(2), "robust": math.log(2), "dpo-norm": math.log(2),
         "ipo": 25.0, "ipo-token": 25.0, "hinge": 1.0, "apo-zero": 1.0, "apo-down": 1.0,
-        "simpo": math.log1p(math.exp(3)), "cpo": math.log1p(math.exp(1)) + 3.0,
+        "rpo": math.log(2) + 3.0, "dpo-positive": math.log(2), "r-dpo": math.log(2),
+        "chi-po": math.log(2), "simpo": math.log1p(math.exp(3)),
+        "cpo": math.log1p(math.exp(1)) + 3.0,
         "preferred-ft": 30.0, "unlikelihood": 28.0,
     }  # fmt: skip
     for name, value in begin.items():
@@ -538,9 +627,185 @@ def test_losses_that_become_each_other():
         (robust_loss(logps, 0.3, 0.0), dpo_loss(logps, 0.3)),
         (unlikelihood_loss(logps, 0.0), LOSSES["preferred-ft"](logps)),
         (orpo_loss(logps, 0.0), -per_token(logps).chosen),
+        (rpo_loss(logps, 0.3, 0.0), dpo_loss(logps, 0.3)),
+        (rpo_loss(free, 0.3, 0.7), cpo_loss(logps, 0.3, 0.7)),
+        (dpo_positive_loss(logps, 0.3, 0.0), dpo_loss(logps, 0.3)),
+        (r_dpo_loss(logps, 0.3, 0.0), dpo_loss(logps, 0.3)),
     ]
     for one, other in pairs:
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_dpo_positive_pulls_1_plus_alpha_times_as_hard_below_the_reference_alone():
+    at_log_2 = logps_of(-5.0, -9.0, -4.0, -8.0 + 5.0 - 6.0)  # r_w = -1, margin 1 * (1 - alpha)
+    for r_w, factor in ((-1.0, 1 + 5.0), (1.0, 1.0)):
+        logps = logps_of(-5.0, -9.0, -5.0 - r_w, -9.0)
+        chosen, rejected = (g.item() for g in slopes(dpo_positive_loss(logps, 0.1), logps))
+        assert chosen == pytest.approx(-factor * rejected, rel=1e-12)
+    assert dpo_positive_loss(at_log_2, 0.1).item() > dpo_loss(at_log_2, 0.1).item()
+
+
+# What each loss finds with endless Bradley-Terry labels in a world of eight completions.
+WORLD = torch.tensor([1.5, -0.5, 0.3, -2.0, 0.9, 2.2, -1.1, 0.0], dtype=torch.float64)
+LENGTHS = torch.tensor([1.0, 3, 2, 6, 4, 2, 5, 3], dtype=torch.float64)
+
+
+def world_reference():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(8, generator=generator, dtype=torch.float64).mul(0.7).log_softmax(0)
+
+
+def fitted(loss, rewards, reference):
+    """The policy that minimises a loss of pairs over every pair and both of its answers."""
+    logits = reference.clone().requires_grad_()
+    i, j = (~torch.eye(8, dtype=torch.bool)).nonzero().unbind(1)
+    chances = exact.preferences(rewards)[i, j]
+
+    def mean_loss():
+        p = logits.log_softmax(0)
+        return (
+            chances
+            * loss(PairLogps(p[i], p[j], reference[i], reference[j], LENGTHS[i], LENGTHS[j]))
+        ).mean()
+
+    exact.minimise(mean_loss, [logits])
+    return logits.detach().log_softmax(0)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_chi_po_finds_the_optimum_of_its_own_objective(beta):
+    reference = world_reference()
+    optimum = exact.optimal_chi_policy(reference, WORLD, beta)
+    found = fitted(lambda logps: chi_po_loss(logps, beta), WORLD, reference)
+    assert exact.total_variation(found, optimum) < 1e-6
+    assert exact.total_variation(found, exact.optimal_policy(reference, WORLD, beta)) > 0.02
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5])
+def test_r_dpo_finds_the_optimum_without_what_labels_pay_for_length(alpha):
+    reference, labels = world_reference(), WORLD + alpha * LENGTHS
+    optimum = exact.optimal_policy(reference, WORLD, 0.7)
+    found = fitted(lambda logps: r_dpo_loss(logps, 0.7, alpha), labels, reference)
+    assert exact.total_variation(found, optimum) < 1e-6
+    tempted = fitted(lambda logps: dpo_loss(logps, 0.7), labels, reference)
+    assert exact.total_variation(tempted, optimum) > 0.01
+
+
+def test_a_likelihood_term_costs_the_optimum():
+    reference, optimum = world_reference(), exact.optimal_policy(world_reference(), WORLD, 0.7)
+    for loss in (rpo_loss, dpo_positive_loss):
+        found = fitted(lambda logps: loss(logps, 0.7), WORLD, reference)  # noqa: B023
+        assert exact.total_variation(found, optimum) > 0.05
+
+
+# --- rankings ---
+
+
+def ranking_logps(k=5, n=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    policy, reference = (
+        -40 * torch.rand(n, k, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    policy[0, 0], policy[1, 1] = -1e4, -1e4
+    return RankingLogps(policy.to(dtype).requires_grad_(), reference.to(dtype))
+
+
+def ranking_value(policy, reference, beta):
+    """-log of the product over places of (the drawn one's odds over those of all that are left)."""
+    odds = [exp(mp.mpf(beta) * (mp.mpf(p) - mp.mpf(q))) for p, q in zip(policy, reference)]
+    return -log(mp.fprod(o / mp.fsum(odds[i:]) for i, o in enumerate(odds)))
+
+
+def check_ranking_formula(loss):
+    logps, beta = ranking_logps(), 0.37
+    values = loss(logps, beta)
+    (slopes,) = torch.autograd.grad(values.sum(), logps.policy)
+    assert values.shape == (6,)
+    for row, (policy, reference) in enumerate(zip(*(t.tolist() for t in logps))):
+        assert values[row].item() == pytest.approx(float(ranking_value(policy, reference, beta)))
+        for place in range(5):
+
+            def value(x):
+                moved = [*policy[:place], x, *policy[place + 1 :]]  # noqa: B023
+                return ranking_value(moved, reference, beta)  # noqa: B023
+
+            slope = float(mp.diff(value, mp.mpf(policy[place])))
+            assert slopes[row, place].item() == pytest.approx(slope, rel=1e-8, abs=1e-12)
+
+
+def check_ranking_extremes(loss):
+    for dtype in (torch.float32, torch.float64):
+        logps = ranking_logps(dtype=dtype)
+        values = loss(logps)
+        (slopes,) = torch.autograd.grad(values.sum(), logps.policy)
+        assert values.dtype == dtype and values.isfinite().all() and slopes.isfinite().all()
+
+
+def plackett_luce_as_written(logps, beta=0.1):
+    odds = (beta * (logps.policy - logps.reference)).exp()
+    left = odds.flip(1).cumsum(1).flip(1)
+    return -(odds / left).log().sum(1)
+
+
+RANKING_TRAPS = {
+    "worst first": lambda l, beta=0.1: plackett_luce_loss(
+        RankingLogps(l.policy.flip(1), l.reference.flip(1)), beta
+    ),
+    "best against the rest alone": lambda l, beta=0.1: (
+        -(beta * (l.policy - l.reference)).log_softmax(1)[:, 0]
+    ),
+    "everyone against all": lambda l, beta=0.1: (
+        -(beta * (l.policy - l.reference)).log_softmax(1).sum(1)
+    ),
+    "no reference": lambda l, beta=0.1: plackett_luce_loss(
+        l._replace(reference=torch.zeros_like(l.reference)), beta
+    ),
+    "no beta": lambda l, beta=0.1: plackett_luce_loss(l, 1.0),
+    "in probabilities": plackett_luce_as_written,
+    "mean over places": lambda l, beta=0.1: plackett_luce_loss(l, beta) / 4,
+    "detached": lambda l, beta=0.1: plackett_luce_loss(l, beta).detach() + 0 * l.policy.sum(),
+}
+RANKING_CHECKS = [check_ranking_formula, check_ranking_extremes]
+
+
+@pytest.mark.parametrize("check", RANKING_CHECKS)
+def test_plackett_luce(check):
+    check(plackett_luce_loss)
+
+
+@pytest.mark.parametrize("trap", RANKING_TRAPS)
+def test_each_trap_of_plackett_luce_is_caught(trap):
+    assert caught_by(RANKING_CHECKS, RANKING_TRAPS[trap])
+
+
+def test_a_ranking_of_two_is_a_pair():
+    logps = pair_logps(CASES)
+    ranking = RankingLogps(
+        torch.stack([logps.chosen, logps.rejected], 1),
+        torch.stack([logps.reference_chosen, logps.reference_rejected], 1),
+    )
+    assert torch.allclose(plackett_luce_loss(ranking, 0.3), dpo_loss(logps, 0.3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_rankings_and_all_pairs_of_them_have_the_optimum_of_rlhf(k):
+    reference, rewards = world_reference()[:6].log_softmax(0), WORLD[:6]
+    orders, chances = exact.rankings(rewards, k)
+    assert chances.sum().item() == pytest.approx(1) and len(orders) == math.perm(6, k)
+    optimum = exact.optimal_policy(reference, rewards, 0.7)
+
+    def ranked(p):
+        return plackett_luce_loss(RankingLogps(p[orders], reference[orders]), 0.7)
+
+    def paired(p):
+        w, l = torch.triu_indices(k, k, offset=1)
+        i, j = orders[:, w], orders[:, l]
+        return dpo_loss(PairLogps(p[i], p[j], reference[i], reference[j]), 0.7).mean(1)
+
+    for loss in (ranked, paired):
+        logits = reference.clone().requires_grad_()
+        exact.minimise(lambda: (chances * loss(logits.log_softmax(0))).sum(), [logits])  # noqa: B023
+        assert exact.total_variation(logits.detach().log_softmax(0), optimum) < 1e-6
 
 
 # --- KTO ---

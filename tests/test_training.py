@@ -23,7 +23,7 @@ from dpo_mini import fast_logprobs, training
 from dpo_mini.checkpoints import TrainingInterrupted, diverged, finished, saved_step
 from dpo_mini.course import studies
 from dpo_mini.course.plots import monitor_figure, training_figure
-from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, kto_loss
+from dpo_mini.family import LOSSES, REFERENCE_FREE, UNPAIRED, kto_loss, plackett_luce_loss
 from dpo_mini.fast_logprobs import different_rows
 from dpo_mini.models import without_dropout
 from dpo_mini.reference import reference_logps
@@ -32,6 +32,8 @@ from dpo_mini.tokens import TokenizedPair, labelled_completions, unpaired
 from dpo_mini.training import (
     batch_indices,
     learning_rate,
+    preference_objective,
+    ranking_objective,
     sft_objective,
     shared_prompt_block,
     train,
@@ -175,6 +177,32 @@ def test_options_of_a_loss_reach_it_and_the_checkpoints_identity(tmp_path):
         train_preferences(fresh(), random_pairs(8), config, loss_options={"gamma": 1.0})
     with pytest.raises(TrainingError, match="no loss 'sigmoid'"):
         train_preferences(fresh(), random_pairs(8), config, loss="sigmoid")
+
+
+def test_rankings_of_two_train_as_pairs_do_and_longer_ones_are_learned():
+    def trained(items, objective, batch_size):
+        model, config = fresh(), dataclasses.replace(CONFIG, batch_size=batch_size)
+        return train(model, items, objective, config), weights(model)
+
+    pairs = random_pairs(8)
+    reference = reference_logps(fresh(), pairs).tolist()
+    of_pairs = preference_objective(lambda logps: LOSSES["dpo"](logps, 0.3), 0.3)
+    of_rankings = ranking_objective(lambda logps: plackett_luce_loss(logps, 0.3), 0.3)
+    log, learned = trained(list(zip(pairs, reference)), of_pairs, 4)
+    ranked = list(zip([pair.rows for pair in pairs], reference))
+    other_log, also_learned = trained(ranked, of_rankings, 4)
+    assert torch.allclose(learned, also_learned, atol=1e-6)
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert log[-1][name] == pytest.approx(other_log[-1][name], abs=1e-5)
+    items = [
+        ([*one.rows, *other.rows], [*logps, *others])
+        for one, other, logps, others in zip(
+            pairs[::2], pairs[1::2], reference[::2], reference[1::2]
+        )
+    ]
+    longer, _ = trained(items, of_rankings, 4)
+    assert longer[1]["loss"] == pytest.approx(math.log(24), abs=0.3) > longer[-1]["loss"]
+    assert longer[-1]["rewards/accuracies"] > 0.6
 
 
 def test_kto_of_pairs_is_kto_of_their_completions_one_by_one():

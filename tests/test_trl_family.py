@@ -137,6 +137,15 @@ def test_sft_is_preferred_ft_by_the_token(models):
     assert_same(ours(models, pairs, "preferred-ft") / 7, trl_dpo(models, pairs, "sft"), models[0])
 
 
+def test_rpo_is_dpo_and_sft_together_whose_mean_is_over_the_batchs_tokens_in_trl(models):
+    pairs = of_equal_lengths(length=7)
+    theirs = trl_dpo(models, pairs, "sigmoid") + GIVEN["alpha"] * trl_dpo(models, pairs, "sft")
+    assert_same(ours(models, pairs, "rpo"), theirs, models[0])
+    unequal = random_pairs(6)
+    theirs = trl_dpo(models, unequal, "sigmoid") + GIVEN["alpha"] * trl_dpo(models, unequal, "sft")
+    assert ours(models, unequal, "rpo").item() != pytest.approx(theirs.item(), rel=1e-4)
+
+
 def side_by_side(pairs):
     """A batch as the trainers of CPO and ORPO collate it: labels -100 on the prompt and padding."""
     batch = {}
