@@ -44,7 +44,7 @@ class Run:
     max_new_tokens: int = 32
     steps: int = 24
     learning_rate: float = 2e-4
-    watch_every: int = 12
+    watch_every: int = 3
     watched_prompts: int = 40
 
     @property
@@ -54,16 +54,16 @@ class Run:
 
 PER_TOKEN = 0.05  # what the labeller of the length task pays for a token, in logits
 BASE = Run("dpo", 0.1)
-DISPLACEMENT = (
+DISPLACEMENT = (  # two of them are slow: more steps, so that their KL comes near DPO's
     BASE,
-    replace(BASE, method="rpo", alpha=1.0),
-    replace(BASE, method="dpo-positive", alpha=5.0),
+    replace(BASE, method="rpo", alpha=1.0, steps=48),
+    replace(BASE, method="dpo-positive", alpha=5.0, steps=48),
     replace(BASE, method="dpo-norm", beta=3.0),
     replace(BASE, method="chi-po"),
     replace(BASE, method=PLACKETT_LUCE),
 )
 LONG = replace(
-    BASE, task="length", max_new_tokens=112, prompts=24, steps=20, watch_every=10,
+    BASE, task="length", max_new_tokens=112, prompts=24, steps=20, watch_every=5,
     watched_prompts=32,
 )  # fmt: skip
 LENGTH = (
