@@ -200,8 +200,8 @@ def test_it_is_exact_where_a_token_does_not_change_what_can_follow():
             optimum = exact.optimal_policy(reference, values, 0.5)
             target = exact.optimal_policy(reference, values, 0.5 / strength)
             mixed = exact.token_mixture(optimum, reference, texts, strength)
-            off.append(exact.total_variation(mixed, target).item())
-        assert off[0] < 1e-12 and off[1] > 1e-3
+            off.append((mixed - target).abs().max().item())
+        assert off[0] < 1e-12 and off[1] > 0.01
 
 
 # --- the command line ---
