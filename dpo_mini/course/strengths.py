@@ -83,7 +83,7 @@ def quality(
 
 BASE = Run(f"beta {BETA:g}, every strength", BETA, STRENGTHS)
 RUNS = (BASE, *(Run(f"beta {BETA / s:g}, trained anew", BETA / s) for s in RETRAINED))
-STUDIES = {"strengths": seeds(RUNS, 3)}
+STUDIES = {"strengths": seeds(RUNS, 5)}
 
 
 def main(argv=None) -> None:
