@@ -3,8 +3,8 @@
     python -m dpo_mini.course.cures displacement
     python -m dpo_mini.course.cures length
 
-Some five minutes each on one quiet core. Completions are sampled once; each seed has prompts of its
-own. Every finished run is kept in runs/studies; what was stopped goes on where it was.
+About a quarter of an hour and ten minutes on one core. Completions are sampled once; each seed has
+prompts of its own. Every finished run is kept in runs/studies; what was stopped goes on where it was.
 """
 
 import itertools
