@@ -381,7 +381,7 @@ def write_axolotl(run: FinishedRun, tool: str, folder: Path, model: str) -> dict
                       "type": {"field_prompt": "prompt", "field_chosen": "chosen",
                                "field_rejected": "rejected"}}],
         "sequence_len": longest(run) + 1, "sample_packing": False, "val_set_size": 0.0,
-        "shuffle_merged_datasets": False, "curriculum_sampling": True,
+        "shuffle_merged_datasets": False,
         "remove_unused_columns": False, "precompute_ref_log_probs": True, "dataset_num_proc": 1,
         **({"adapter": "lora", "lora_r": run.lora, "lora_alpha": 2 * run.lora, "lora_dropout": 0.0,
             "lora_target_linear": True} if run.lora else {}),
