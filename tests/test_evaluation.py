@@ -132,7 +132,7 @@ def test_a_few_prompts_are_evaluated_and_the_report_is_strict_json(prompts, n, t
 def test_evaluate_counts_prompts_not_completions(tokenizer, monkeypatch):
     """Completions of a prompt that are all alike: four samples a prompt say no more than one."""
 
-    def copies(model, tokenizer, prompts, n, max_new_tokens, seed, progress):
+    def copies(model, tokenizer, prompts, n, max_new_tokens, seed, progress, bf16):
         return [[Completion(p, p * (seed + 1), [0], [5, 0])] * n for p in prompts]
 
     monkeypatch.setattr(evaluation, "sample_completions", copies)

@@ -181,7 +181,8 @@ def test_options_of_a_loss_reach_it_and_the_checkpoints_identity(tmp_path):
 
 def test_rankings_of_two_train_as_pairs_do_and_longer_ones_are_learned():
     def trained(items, objective, batch_size):
-        model, config = fresh(), dataclasses.replace(CONFIG, batch_size=batch_size)
+        # In float64: Adam's first steps make much of a gradient's rounding.
+        model, config = fresh().double(), dataclasses.replace(CONFIG, batch_size=batch_size)
         return train(model, items, objective, config), weights(model)
 
     pairs = random_pairs(8)
@@ -191,7 +192,7 @@ def test_rankings_of_two_train_as_pairs_do_and_longer_ones_are_learned():
     log, learned = trained(list(zip(pairs, reference)), of_pairs, 4)
     ranked = list(zip([pair.rows for pair in pairs], reference))
     other_log, also_learned = trained(ranked, of_rankings, 4)
-    assert torch.allclose(learned, also_learned, atol=1e-6)
+    assert torch.allclose(learned, also_learned, atol=1e-9)
     for name in ("loss", "rewards/margins", "rewards/accuracies"):
         assert log[-1][name] == pytest.approx(other_log[-1][name], abs=1e-5)
     items = [
