@@ -34,7 +34,11 @@ def batch_arguments(batch_size, micro_batch_size, processes):
 
 BATCH = Exercise(
     "19.1", "A batch in transformers' words", "implement", difficulty=1, importance=5, minutes=5,
-    truth=batch_truth, cases=batch_cases, right=(batch_arguments,),
+    truth=batch_truth, cases=batch_cases,
+    right=(
+        batch_arguments,
+        lambda n, m, p: {"per_device_train_batch_size": m, "gradient_accumulation_steps": n // p // m},
+    ),
     wrong=(
         Wrong("the processes are forgotten", "processes = 1", "Every process reads its own part at the same time: two processes need half the rounds."),
         Wrong("the whole batch as the part of one device", '"per_device_train_batch_size": micro_batch_size -> "per_device_train_batch_size": batch_size', "per_device_train_batch_size is what one device holds at once. The batch of a step is that, times the accumulation, times the devices."),
