@@ -75,6 +75,8 @@ def for_reading(notebook, folder: str, name: str):
         shown.append(cell)
         if cell.cell_type == "markdown":
             said = plain(cell.source) or said
+            # An anchor in HTML, which JupyterLab and GitHub know, in MyST's own words.
+            cell.source = re.sub(r'^<a id="([\w-]+)"></a>$', r"(\1)=", cell.source, flags=re.M)
             continue
         cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {said}"}}
         pages = [page for call, page in LIVE.items() if call in cell.source]
