@@ -6,7 +6,7 @@ verified, and two rewards from the same pairs.
 
 Each run is one seed of all methods: new prompts, new samples, a new order. It is kept in
 runs/studies, and a study that was stopped goes on where it was. On one core "verified" takes about
-ten minutes and "two_rewards" about five.
+twenty minutes and "two_rewards" about ten.
 """
 
 from dataclasses import asdict, dataclass, replace
