@@ -130,8 +130,10 @@ def kl_of_rows(
     p, q = (completion_logits(model, batch, predicts) for model in (policy, reference))
     # In pieces of tokens [piece, vocabulary], since log softmax holds several copies of its input.
     size = max(1, LOGITS_AT_ONCE // 8 // p.shape[1])
-    two = zip(p.split(size), q.split(size))
-    token_kl = torch.cat([kl_of_tokens(mixture_logps(a, b, strength), b) for a, b in two])
+    token_kl = torch.cat([
+        kl_of_tokens(a if strength == 1 else mixture_logps(a, b, strength), b)
+        for a, b in zip(p.split(size), q.split(size))
+    ])  # fmt: skip
     owners = predicts.nonzero()[:, 0]
     return token_kl.new_zeros(len(rows)).index_add(0, owners, token_kl).cpu()
 

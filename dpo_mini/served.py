@@ -76,10 +76,9 @@ def completion(tokenizer, prompt, prompt_ids: list[int], choice: dict) -> Comple
 
 def posted(url: str, body: dict, timeout: float):
     """The JSON that the server answers. Raises ServerError in a sentence."""
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
     try:
+        request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:

@@ -803,6 +803,7 @@ def test_a_number_out_of_range_is_a_sentence_and_writes_nothing(
     values += (
         [] if name in ZERO_IS_FINE and not (verb == "cool" and name == "temperature") else ["0"]
     )
+    values = [v for v in values if name != "strength" or v not in ("-1", "0")]  # both are right
     for value in values:
         unbounded = {"learning_rate", "beta", "gamma", "alpha", "weight_decay", "max_grad_norm",
                      "desirable_weight", "undesirable_weight"}  # fmt: skip
