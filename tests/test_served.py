@@ -73,3 +73,5 @@ def test_a_server_that_refuses_or_is_not_there_is_told_in_a_sentence(server, tok
         served_completions(server.url, "m", tokenizer, ["It"])
     with pytest.raises(ServerError, match="cannot be asked.*running"):
         served_completions("http://127.0.0.1:9/v1", "m", tokenizer, ["It"])
+    with pytest.raises(ServerError, match="empty/completions cannot be asked"):
+        served_completions("empty", "m", tokenizer, ["It"])
