@@ -21,12 +21,11 @@ from dpo_mini.sampling import Completion
 from dpo_mini.settings import (
     LARGEST_SEED,
     MOST_ITEMS,
-    MOST_STEPS,
     MOST_TOKENS,
     SettingsError,
     TrainingError,
-    check_real,
-    check_whole,
+    check_settings,
+    setting,
 )
 from dpo_mini.training import batch_indices
 
@@ -137,40 +136,30 @@ def grpo_loss(
 class GRPOConfig:
     """Of `grpo`. Every number is checked here; raises SettingsError for one out of range."""
 
-    steps: int = 16
-    batch_size: int = 64  # completions a step
-    num_generations: int = 8  # of them of each prompt: a group
-    num_iterations: int = 1  # updates from each step's completions; with one the clip never acts
-    learning_rate: float = 3e-4
-    loss_type: str = "grpo"
-    scale_rewards: str = "group"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None  # None: as epsilon
-    beta: float = 0.0  # of the KL penalty in the loss
-    max_completion_length: int = 32
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 3
-    seed: int = 0
-    monitor_every: int = 10
+    steps: int = setting(16, "optimiser steps")
+    batch_size: int = setting(64, "completions a step", most=MOST_ITEMS)
+    num_generations: int = setting(
+        8, "completions of each prompt: a group", least=2, most=MOST_ITEMS
+    )
+    num_iterations: int = setting(1, "updates from a step's completions; with one, no clip acts")
+    learning_rate: float = setting(3e-4, "peak learning rate", above=True)
+    loss_type: str = setting("grpo", "how the tokens are averaged", choices=LOSS_TYPES)
+    scale_rewards: str = setting("group", "what an advantage is divided by", choices=SCALES)
+    epsilon: float = setting(0.2, "how far the ratio may move", above=True)
+    epsilon_high: float | None = setting(
+        None, "how far upwards; None: as epsilon", "Try 0.28, or None.", above=True
+    )
+    beta: float = setting(0.0, "of the KL penalty in the loss", "Try 0.04, or 0 for no penalty.")
+    max_completion_length: int = setting(32, "tokens of the longest completion", most=MOST_TOKENS)
+    max_grad_norm: float = setting(
+        1.0, "a longer gradient is scaled down to this length", above=True
+    )
+    warmup_steps: int = setting(3, "steps of linear warm-up", least=0)
+    seed: int = setting(0, "of prompts and samples", least=0, most=LARGEST_SEED)
+    monitor_every: int = setting(10, "steps between measurements")
 
     def __post_init__(self):
-        check_whole("steps", self.steps, 1, MOST_STEPS, "Try 16.")
-        check_whole("batch_size", self.batch_size, 1, MOST_ITEMS, "Try 64.")
-        check_whole("num_generations", self.num_generations, 2, MOST_ITEMS, "Try 8.")
-        check_whole("num_iterations", self.num_iterations, 1, MOST_STEPS, "Try 1.")
-        check_real("learning_rate", self.learning_rate, 0, "Try 1e-4.", above=True)
-        check_real("epsilon", self.epsilon, 0, "Try 0.2.", above=True)
-        if self.epsilon_high is not None:
-            check_real("epsilon_high", self.epsilon_high, 0, "Try 0.28.", above=True)
-        check_real("beta", self.beta, 0, "Try 0.04, or 0 for no penalty.")
-        check_whole("max_completion_length", self.max_completion_length, 1, MOST_TOKENS, "Try 32.")
-        check_real("max_grad_norm", self.max_grad_norm, 0, "Try 1.", above=True)
-        check_whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, "Try 3.")
-        check_whole("seed", self.seed, 0, LARGEST_SEED, "Try 0.")
-        check_whole("monitor_every", self.monitor_every, 1, MOST_STEPS, "Try 10.")
-        for name, known in (("loss_type", LOSS_TYPES), ("scale_rewards", SCALES)):
-            if getattr(self, name) not in known:
-                raise SettingsError(f"{name} is one of {known}, got {getattr(self, name)!r}.")
+        check_settings(self)
 
 
 def grpo(

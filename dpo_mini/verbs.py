@@ -368,7 +368,7 @@ class Evaluate(PromptOptions, OutputOptions):
             policy, reference, tokenizer, prompts, reward, judge, self.samples,
             self.max_new_tokens, self.seed, not self.json, bf16,
         )  # fmt: skip
-        report |= {"reward_shown_as": shown_as(reward), **accuracy}
+        report |= {"reward_shown_as": shown_as(reward), "bf16": bf16, **accuracy}
         write_jsonl(folder / "samples.jsonl", rows)
         save_report(folder, report)
         if not self.json:  # only now: whatever a console may refuse, the results are kept

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_mini.demo import demo
 from dpo_mini.evaluation import evaluate
+from dpo_mini.grpo import GRPOConfig
 from dpo_mini.online import online_dpo
 from dpo_mini.rlhf import PolicyGradientConfig
 from dpo_mini.settings import SettingsError, TrainingConfig
@@ -31,10 +32,22 @@ BAD_POLICY_GRADIENT = {
     "minibatch_size": NO_COUNT, "clip": (*NO_RATE, 0), "gamma": (*NO_RATE, 1.5),
     "gae_lambda": (*NO_RATE, 1.5),
 }  # fmt: skip
+BAD_GRPO = {
+    "steps": NO_COUNT, "batch_size": NO_COUNT, "num_generations": (*NO_COUNT, 1),
+    "num_iterations": NO_COUNT, "learning_rate": (*NO_RATE, 0), "loss_type": ("ppo", None),
+    "scale_rewards": ("std", None), "epsilon": (*NO_RATE, 0), "epsilon_high": (0, -1, math.nan),
+    "beta": NO_RATE, "max_completion_length": NO_COUNT, "max_grad_norm": (*NO_RATE, 0),
+    "warmup_steps": (-1,), "seed": (-1, 2**60), "monitor_every": NO_COUNT,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "config, bad", [(TrainingConfig, BAD_TRAINING), (PolicyGradientConfig, BAD_POLICY_GRADIENT)]
+    "config, bad",
+    [
+        (TrainingConfig, BAD_TRAINING),
+        (PolicyGradientConfig, BAD_POLICY_GRADIENT),
+        (GRPOConfig, BAD_GRPO),
+    ],
 )
 def test_every_setting_is_checked_where_it_is_made(config, bad):
     assert bad.keys() == {field.name for field in dataclasses.fields(config)}
